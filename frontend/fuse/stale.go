@@ -1,0 +1,103 @@
+package fuse
+
+import (
+	"errors"
+	"fmt"
+	"os/exec"
+	"strings"
+	"time"
+
+	"golang.org/x/sys/unix"
+
+	"github.com/memferry/memferry"
+)
+
+const (
+	// answerTimeout is how long a mount may take to answer before it counts
+	// as in use by a process that hangs.
+	answerTimeout = 5 * time.Second
+
+	// maxStacked bounds how many stale mounts on one path are cleared.
+	maxStacked = 64
+)
+
+// ClearStale removes what a killed process left mounted on path, and reports
+// whether there was anything. It touches nothing but mounts of this package
+// whose process is gone; where one is alive it fails with memferry.ErrInUse.
+func ClearStale(path string) (bool, error) {
+	path, err := resolve(path)
+	if err != nil {
+		return false, err
+	}
+	cleared := false
+	for range maxStacked {
+		mounts, err := mountsAt(path)
+		if err != nil || len(mounts) == 0 {
+			return cleared, err
+		}
+		top := mounts[len(mounts)-1]
+		if !top.ours() {
+			return cleared, fmt.Errorf("%s has a file system of type %s mounted on it; choose another path or unmount it: %w",
+				path, top.fs, memferry.ErrInUse)
+		}
+		if alive(path) {
+			return cleared, fmt.Errorf("%s is mounted already; run `memferry umount %s` first: %w", path, path, memferry.ErrInUse)
+		}
+		if err := detach(path); err != nil {
+			return cleared, fmt.Errorf("clear stale mount %s: %w", path, err)
+		}
+		cleared = true
+	}
+	return cleared, fmt.Errorf("%s has more than %d stale mounts: %w", path, maxStacked, memferry.ErrInUse)
+}
+
+// alive reports whether a process answers for the mount on path. It asks by
+// statfs, because what stat needs the kernel may still remember. One that does
+// not answer in time is alive as well.
+func alive(path string) bool {
+	answer := make(chan error, 1)
+	go func() {
+		var st unix.Statfs_t
+		answer <- unix.Statfs(path, &st)
+	}()
+	select {
+	case err := <-answer:
+		return !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED)
+	case <-time.After(answerTimeout):
+		return true
+	}
+}
+
+// detach takes a mount off its path, whoever still uses it.
+func detach(path string) error { return unmount(path, unix.MNT_DETACH) }
+
+// unmount unmounts path: by the system call where we may, by fusermount3
+// otherwise. A busy mount is unix.EBUSY.
+func unmount(path string, flags int) error {
+	err := unix.Unmount(path, flags|unix.UMOUNT_NOFOLLOW)
+	if err != unix.EPERM {
+		return err
+	}
+	args := []string{"-u", "-q"}
+	if flags&unix.MNT_DETACH != 0 {
+		args = append(args, "-z")
+	}
+	helper, err := helperPath()
+	if err != nil {
+		return err
+	}
+	out, err := exec.Command(helper, append(args, "--", path)...).CombinedOutput()
+	if err == nil {
+		return nil
+	}
+	msg := strings.TrimSpace(string(out))
+	if strings.Contains(msg, "busy") || msg == "" && stillMounted(path) {
+		return unix.EBUSY
+	}
+	return fmt.Errorf("%s: %w: %s", helper, err, msg)
+}
+
+func stillMounted(path string) bool {
+	mounts, err := mountsAt(path)
+	return err == nil && len(mounts) > 0
+}
