@@ -13,9 +13,15 @@ import (
 	gofuse "github.com/hanwen/go-fuse/v2/fuse"
 )
 
-// killPoll is how often a request whose process received a signal is checked
-// for that process being killed. The kernel reports only the first signal.
-const killPoll = 50 * time.Millisecond
+const (
+	// killPoll is how often the process that waits for a request is checked
+	// for being killed. The kernel reports only the first signal.
+	killPoll = 50 * time.Millisecond
+
+	// killPatience is when that begins without a signal: the kernel reports
+	// none to those that wait for O_DIRECT with CAP_ASYNC_DIO.
+	killPatience = 500 * time.Millisecond
+)
 
 // requestContext is the context of one request. It is done when the process
 // that waits for the request is being killed or the mount ends; see the
@@ -79,27 +85,24 @@ func (c *requestContext) cancel() {
 }
 
 func (c *requestContext) watch(finished <-chan struct{}) {
-	select {
-	case <-finished:
-		return
-	case <-c.ended:
-		c.cancel()
-		return
-	case <-c.interrupted:
-	}
-	tick := time.NewTicker(killPoll)
-	defer tick.Stop()
-	for !beingKilled(c.tid) && !c.gone() {
+	timer := time.NewTimer(killPatience)
+	defer timer.Stop()
+	for interrupted := c.interrupted; ; timer.Reset(killPoll) {
 		select {
 		case <-finished:
 			return
 		case <-c.ended:
 			c.cancel()
 			return
-		case <-tick.C:
+		case <-interrupted:
+			interrupted = nil // it stays closed
+		case <-timer.C:
+		}
+		if beingKilled(c.tid) || c.gone() {
+			c.cancel()
+			return
 		}
 	}
-	c.cancel()
 }
 
 // beingKilled reports whether SIGKILL is pending for a thread: the kernel

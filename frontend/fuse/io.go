@@ -122,31 +122,29 @@ func (f *fileSystem) fill(ctx context.Context, p []byte, off int64) error {
 	return err
 }
 
-// Write stores data. Only the part within the size can be stored: a direct
-// write is then short, or fails with ENOSPC when nothing is left of it. From
-// the write-back cache it fails, so that fsync reports it, and the size that
-// the kernel has assumed is put right.
+// Write stores data. One that reaches past the end fails with ENOSPC and, like
+// a backend's, stores nothing. From the write-back cache it stores what fits,
+// because it may be the tail of what several applications wrote, and the size
+// that the kernel has assumed is put right.
 func (f *fileSystem) Write(cancel <-chan struct{}, in *gofuse.WriteIn, data []byte) (uint32, gofuse.Status) {
 	if f.readOnly {
 		return 0, gofuse.EROFS
 	}
 	n := f.clamp(in.Offset, uint64(len(data)))
-	if n > 0 {
+	cached := in.WriteFlags&gofuse.WRITE_CACHE != 0
+	fits := n == int64(len(data))
+	if n > 0 && (fits || cached) {
 		if err := f.store(cancel, in, data[:n]); err != nil {
 			return 0, toStatus(err)
 		}
 	}
-	if n == int64(len(data)) {
+	if fits {
 		return uint32(n), gofuse.OK
 	}
-	cached := in.WriteFlags&gofuse.WRITE_CACHE != 0
 	if f.writeBack {
 		f.repairSize()
 	}
-	if n == 0 || cached {
-		return 0, gofuse.Status(syscall.ENOSPC)
-	}
-	return uint32(n), gofuse.OK
+	return 0, gofuse.Status(syscall.ENOSPC)
 }
 
 func (f *fileSystem) store(cancel <-chan struct{}, in *gofuse.WriteIn, p []byte) error {
