@@ -152,7 +152,7 @@ func TestRegistryReadOnly(t *testing.T) {
 	if _, err := b.WriteAt([]byte("J"), 5); !errors.Is(err, memferry.ErrOutOfRange) {
 		t.Errorf("WriteAt past the end: %v, want ErrOutOfRange", err)
 	}
-	if _, err := b.ReadAt(make([]byte, 6), 0); err != io.EOF {
+	if _, err := b.ReadAt(make([]byte, 6), 0); !errors.Is(err, io.EOF) {
 		t.Errorf("ReadAt past the end: %v, want io.EOF", err)
 	}
 	c := memferry.CapabilitiesOf(b)

@@ -1,6 +1,7 @@
 package backend
 
 import (
+	"errors"
 	"fmt"
 	"net/url"
 	"strconv"
@@ -83,7 +84,8 @@ func schemeOf(raw string) string {
 
 // reason strips what url.Parse repeats.
 func reason(err error) error {
-	if e, ok := err.(*url.Error); ok {
+	var e *url.Error
+	if errors.As(err, &e) {
 		return e.Err
 	}
 	return err

@@ -234,7 +234,7 @@ func (b *Backend) ReadAt(p []byte, off int64) (int, error) {
 		return 0, b.closed("read")
 	}
 	n, end := memferry.CheckRead(off, len(p), b.size)
-	if end != nil && end != io.EOF {
+	if end != nil && !errors.Is(end, io.EOF) {
 		return 0, fmt.Errorf("%s: %w", b.f.Name(), end)
 	}
 	n, err := b.f.ReadAt(p[:n], off)
@@ -328,7 +328,7 @@ func (b *Backend) control(op string, f func(fd int) error) error {
 
 func ignoringEINTR(f func() error) error {
 	for {
-		if err := f(); err != unix.EINTR {
+		if err := f(); !errors.Is(err, unix.EINTR) {
 			return err
 		}
 	}

@@ -47,7 +47,7 @@ func TestOpenTakesSize(t *testing.T) {
 	}
 	b := open(t, path, Options{Size: 7})
 	p := make([]byte, 8)
-	if n, err := b.ReadAt(p, 0); n != 7 || err != io.EOF || string(p[:7]) != "12345\x00\x00" {
+	if n, err := b.ReadAt(p, 0); n != 7 || !errors.Is(err, io.EOF) || string(p[:7]) != "12345\x00\x00" {
 		t.Errorf("after growing: %q, %v", p[:n], err)
 	}
 }

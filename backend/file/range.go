@@ -106,7 +106,7 @@ func (b *Backend) canDiscard() bool {
 	if b.control("stat", func(fd int) error { return unix.Fstat(fd, &st) }) != nil {
 		return false
 	}
-	dir := fmt.Sprintf("/sys/dev/block/%d:%d/", unix.Major(uint64(st.Rdev)), unix.Minor(uint64(st.Rdev)))
+	dir := fmt.Sprintf("/sys/dev/block/%d:%d/", unix.Major(st.Rdev), unix.Minor(st.Rdev))
 	for _, queue := range []string{"queue/", "../queue/"} {
 		raw, err := os.ReadFile(dir + queue + "discard_max_bytes")
 		if err == nil {
