@@ -162,7 +162,7 @@ func (a *attachment) hide() error {
 		return nil
 	}
 	err := unix.Unmount(a.hidden, unix.MNT_DETACH)
-	if err == unix.EINVAL {
+	if errors.Is(err, unix.EINVAL) {
 		err = nil // not mounted
 	}
 	if err == nil {

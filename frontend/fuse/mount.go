@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log"
 	"log/slog"
 	"os"
 	"path/filepath"
@@ -130,7 +129,7 @@ func serverOptions(fs *fileSystem, o Options) *gofuse.MountOptions {
 		ExplicitDataCacheControl: true,
 		ExtraCapabilities:        gofuse.CAP_ASYNC_DIO | gofuse.CAP_DIRECT_IO_ALLOW_MMAP,
 		DisableSplice:            true,
-		Logger:                   log.New(logWriter{o.Logger}, "", 0),
+		Logger:                   slog.NewLogLogger(o.Logger.With("component", "go-fuse").Handler(), slog.LevelDebug),
 		PanicHandler: func(v any) gofuse.Status {
 			o.Logger.Error("panic in a FUSE request", "panic", v, "stack", string(debug.Stack()))
 			return gofuse.EIO
@@ -141,14 +140,6 @@ func serverOptions(fs *fileSystem, o Options) *gofuse.MountOptions {
 		mo.DisabledCapabilities |= gofuse.CAP_PASSTHROUGH // the kernel wants one or the other
 	}
 	return mo
-}
-
-// logWriter passes the library's lines on.
-type logWriter struct{ log *slog.Logger }
-
-func (w logWriter) Write(p []byte) (int, error) {
-	w.log.Debug("go-fuse: " + strings.TrimSpace(string(p)))
-	return len(p), nil
 }
 
 // serve answers requests until the file system is unmounted, by whomever, and
@@ -274,7 +265,7 @@ func (d *Device) Detach() error {
 		return d.synced
 	}
 	d.flush()
-	if err := detach(d.target.path); err != nil && err != unix.EINVAL {
+	if err := detach(d.target.path); err != nil && !errors.Is(err, unix.EINVAL) {
 		return errors.Join(d.synced, fmt.Errorf("unmount %s: %w", d.target.path, err))
 	}
 	return d.synced
@@ -295,7 +286,7 @@ func (d *Device) Abort() error {
 		unix.Unmount(path, unix.MNT_FORCE|unix.UMOUNT_NOFOLLOW) //nolint:errcheck // EBUSY, but the connection is cut
 	}
 	if d.mounted() {
-		if err := detach(path); err != nil && err != unix.EINVAL {
+		if err := detach(path); err != nil && !errors.Is(err, unix.EINVAL) {
 			return fmt.Errorf("unmount %s: %w", path, err)
 		}
 	}

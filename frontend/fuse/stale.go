@@ -75,7 +75,7 @@ func detach(path string) error { return unmount(path, unix.MNT_DETACH) }
 // otherwise. A busy mount is unix.EBUSY.
 func unmount(path string, flags int) error {
 	err := unix.Unmount(path, flags|unix.UMOUNT_NOFOLLOW)
-	if err != unix.EPERM {
+	if !errors.Is(err, unix.EPERM) {
 		return err
 	}
 	args := []string{"-u", "-q"}

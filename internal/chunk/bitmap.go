@@ -237,8 +237,8 @@ func (m *bitmap) next(from, to int64, want bool) int64 {
 		i := from / blockPages
 		stop := min(to, (i+1)*blockPages)
 		b := m.blocks[i].Load()
-		switch {
-		case b == nil || b == fullBlock:
+		switch b {
+		case nil, fullBlock:
 			if (b != nil) == want {
 				return from
 			}

@@ -113,10 +113,10 @@ func (m *model) actions() map[string]func(*rapid.T) {
 			page, n := m.span(t)
 			dup := rapid.Bool().Draw(t, "dup")
 			f := m.t.Claim(page, n, dup)
-			any := false
+			fetching := false
 			for p := page; p < page+n; p++ {
 				st := m.t.State(p)
-				any = any || st == StateFetching
+				fetching = fetching || st == StateFetching
 				if st == StateAbsent {
 					t.Fatalf("page %d still absent after a claim", p)
 				}
@@ -124,7 +124,7 @@ func (m *model) actions() map[string]func(*rapid.T) {
 			if f == nil {
 				return
 			}
-			if !any {
+			if !fetching {
 				t.Fatal("claimed, but nothing fetching")
 			}
 			m.fetches = append(m.fetches, &modelFetch{f, slices.Clone(m.remote[page : page+n]), make([]bool, n)})
