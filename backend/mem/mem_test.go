@@ -13,12 +13,12 @@ import (
 	"time"
 
 	"github.com/google/go-cmp/cmp"
-	"go.uber.org/goleak"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/testenv"
 )
 
-func TestMain(m *testing.M) { goleak.VerifyTestMain(m) }
+func TestMain(m *testing.M) { testenv.Main(m) }
 
 func open(t *testing.T, n int64) *Backend {
 	t.Helper()
@@ -92,7 +92,7 @@ func TestSparse(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if grown := rss(t) - before; grown < written {
+	if grown := rss(t) - before; grown < written*3/4 {
 		t.Errorf("writing %d bytes took %d: the measure is wrong", written, grown)
 	}
 	if err := b.Trim(size/2-5, written+10); err != nil {
