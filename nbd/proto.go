@@ -167,7 +167,7 @@ const (
 )
 
 // Errno is an error value of the protocol ("Error values").
-type Errno uint32
+type Errno uint32 //nolint:errname // what the protocol and the system call it
 
 // Error values.
 const (
