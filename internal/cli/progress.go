@@ -1,0 +1,152 @@
+package cli
+
+import (
+	"context"
+	"fmt"
+	"io"
+	"time"
+
+	"github.com/vbauerster/mpb/v8"
+	"github.com/vbauerster/mpb/v8/decor"
+
+	"github.com/memferry/memferry/internal/size"
+)
+
+// How often progress is shown.
+const (
+	barInterval  = 150 * time.Millisecond
+	lineInterval = 5 * time.Second
+)
+
+// sample is one look at something that advances.
+type sample struct {
+	done, total int64
+	note        string // rates and the like, for people
+}
+
+// progress shows what sample returns until ctx ends: as a bar on a terminal,
+// above which log lines scroll, otherwise as a line now and then when
+// something has changed. Sampling must not block.
+type progress struct {
+	label    string
+	sample   func() sample
+	terminal bool
+	out      io.Writer
+	sink     *logSink
+	interval time.Duration // of lines; 0 means lineInterval
+}
+
+// startProgress runs p in the background; stop shows the final state, and
+// returns the terminal.
+func startProgress(p progress) (stop func()) {
+	ctx, cancel := context.WithCancel(context.Background())
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		if p.terminal {
+			p.bar(ctx)
+		} else {
+			p.lines(ctx)
+		}
+	}()
+	return func() { cancel(); <-done }
+}
+
+func (p progress) lines(ctx context.Context) {
+	every := p.interval
+	if every == 0 {
+		every = lineInterval
+	}
+	t := time.NewTicker(every)
+	defer t.Stop()
+	var last sample
+	shown := false
+	show := func() {
+		if s := p.sample(); s != last {
+			last, shown = s, true
+			fmt.Fprintln(p.out, p.label+": "+s.String())
+		}
+	}
+	for {
+		select {
+		case <-t.C:
+			show()
+		case <-ctx.Done():
+			if shown { // what ends at once needs no line
+				show()
+			}
+			return
+		}
+	}
+}
+
+func (s sample) String() string {
+	text := fmt.Sprintf("%s of %s (%.0f%%)", size.Format(s.done), size.Format(s.total), percent(s.done, s.total))
+	if s.note != "" {
+		text += ", " + s.note
+	}
+	return text
+}
+
+func (p progress) bar(ctx context.Context) {
+	c := mpb.New(mpb.WithOutput(p.out), mpb.WithRefreshRate(barInterval))
+	var now sample
+	// total 0 keeps the bar from ending by itself: a region may go backwards.
+	b := c.New(0, mpb.BarStyle().Lbound("[").Filler("=").Tip(">").Padding(" ").Rbound("]"),
+		mpb.BarWidth(30),
+		mpb.PrependDecorators(decor.Name(p.label+" ")),
+		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string { return " " + now.String() })),
+	)
+	old := p.sink.swap(c)
+	t := time.NewTicker(barInterval)
+	defer t.Stop()
+	set := func() {
+		s := p.sample()
+		b.EnableTriggerComplete()
+		b.SetTotal(max(s.total, 1)+1, false)
+		b.SetCurrent(s.done)
+		now = s
+	}
+	for {
+		select {
+		case <-t.C:
+			set()
+			continue
+		case <-ctx.Done():
+		}
+		break
+	}
+	set()
+	b.Abort(false)
+	c.Wait()
+	p.sink.swap(old)
+}
+
+// meter turns a growing count into a rate, over the last second or so.
+type meter struct {
+	last  int64
+	at    time.Time
+	value float64 // bytes per second
+}
+
+// meterWeight is how much of the old rate is left after one second.
+const meterHalfLife = time.Second
+
+func (m *meter) update(count int64, now time.Time) int64 {
+	if m.at.IsZero() {
+		m.last, m.at = count, now
+		return 0
+	}
+	dt := now.Sub(m.at)
+	if dt < 50*time.Millisecond {
+		return int64(m.value)
+	}
+	rate := float64(count-m.last) / dt.Seconds()
+	w := min(1, dt.Seconds()/meterHalfLife.Seconds()/2)
+	m.value += (rate - m.value) * w
+	if m.value < 1 {
+		m.value = 0
+	}
+	m.last, m.at = count, now
+	return int64(m.value)
+}
