@@ -152,7 +152,6 @@ func (f filer) ReadOnly() bool { return true }
 type pulled struct {
 	*memory
 	complete atomic.Bool
-	fileToo  bool
 }
 
 func (p *pulled) ReadOnly() bool           { return true }

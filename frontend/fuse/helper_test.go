@@ -233,7 +233,7 @@ func (w *want) errno(op string, got error, errno syscall.Errno) {
 		return
 	}
 	if !errors.Is(got, errno) {
-		w.errs = append(w.errs, fmt.Errorf("%s: got %v, want %v", op, got, errno))
+		w.errs = append(w.errs, fmt.Errorf("%s: got %v, want %v", op, got, errno)) //nolint:errorlint // got may be nil
 	}
 }
 

@@ -1,7 +1,7 @@
 // Package deps pins modules until the packages that use them are in place.
 package deps
 
-import (
+import ( //nolint:revive // blank until the packages that use these are in place
 	_ "github.com/RoaringBitmap/roaring/v2"
 	_ "github.com/cespare/xxhash/v2"
 	_ "github.com/google/go-cmp/cmp"
