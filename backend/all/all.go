@@ -8,5 +8,6 @@ func Registry() *backend.Registry {
 	return backend.NewRegistry(
 		memOpener,
 		fileOpener,
+		dirOpener,
 	)
 }

@@ -40,7 +40,7 @@ const (
 	// work rarely share one.
 	stripes = 256
 	// maxProbes bounds how many chunks one call of Extents asks the store for.
-	maxProbes = 1 << 16
+	maxProbes = 1 << 14
 )
 
 // Store keeps chunks by index. All methods are safe for concurrent use, and
@@ -219,7 +219,8 @@ func (b *Backend) work(ctx context.Context, op string, f func(context.Context) e
 	}
 	ctx, cancel := context.WithCancel(ctx)
 	defer cancel()
-	defer context.AfterFunc(b.closing, cancel)()
+	stop := context.AfterFunc(b.closing, cancel)
+	defer stop()
 	err := f(ctx)
 	if err != nil && b.closing.Err() != nil && errors.Is(err, context.Canceled) {
 		return closed(op)
