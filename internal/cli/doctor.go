@@ -187,12 +187,12 @@ func checkUserfaultfd() finding {
 		return f
 	}
 	fd, _, errno = unix.Syscall(unix.SYS_USERFAULTFD, unix.O_CLOEXEC|userModeOnly, 0, 0)
-	switch {
-	case errno == 0:
+	switch errno {
+	case 0:
 		unix.Close(int(fd))
 		f.Detail = "faults of user mode only: system calls on absent memory fail"
 		f.Remedy = "`sysctl vm.unprivileged_userfaultfd=1`, or give access to /dev/userfaultfd"
-	case errno == unix.ENOSYS:
+	case unix.ENOSYS:
 		f.Detail = "the kernel is built without CONFIG_USERFAULTFD"
 	default:
 		f.Detail = errno.Error()

@@ -1,7 +1,6 @@
 package cli
 
 import (
-	"bytes"
 	"errors"
 	"os"
 	"os/exec"
@@ -119,12 +118,4 @@ func tmpfs(ts *testscript.TestScript, neg bool, args []string) {
 		ts.Fatalf("mount: %v: %s", err, out)
 	}
 	ts.Defer(func() { _ = exec.Command("umount", "-l", dir).Run() })
-}
-
-// run runs a command line in this process.
-func run(t *testing.T, args ...string) (status int, stdout, stderr string) {
-	t.Helper()
-	var out, errs bytes.Buffer
-	status = Main(Env{Args: args, Stdout: &out, Stderr: &errs, Getenv: os.Getenv})
-	return status, out.String(), errs.String()
 }

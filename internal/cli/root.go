@@ -102,7 +102,7 @@ func (a *app) rootCmd() *cobra.Command {
 	complete(root, "log-format", a.logs.format.allowed)
 	complete(root, "log-level", a.logs.level.allowed)
 	root.AddCommand(
-		a.mountCmd(), a.umountCmd(), a.statusCmd(),
+		a.serveCmd(), a.mountCmd(), a.umountCmd(), a.statusCmd(),
 		a.copyCmd(),
 		a.doctorCmd(), a.versionCmd(), a.manCmd(),
 	)

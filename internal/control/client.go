@@ -13,6 +13,7 @@ import (
 	"path/filepath"
 	"strings"
 	"syscall"
+	"time"
 
 	"github.com/memferry/memferry"
 )
@@ -25,6 +26,7 @@ const maxAnswer = 4 << 20
 
 // Client talks to one mount.
 type Client struct {
+	path string // of the socket
 	http *http.Client
 }
 
@@ -89,7 +91,7 @@ func dial(dir, name string) (*Client, error) {
 	if err != nil || !alive {
 		return nil, err
 	}
-	return &Client{http: &http.Client{Transport: &http.Transport{
+	return &Client{path: path, http: &http.Client{Transport: &http.Transport{
 		DisableKeepAlives: true,
 		DialContext: func(ctx context.Context, _, _ string) (net.Conn, error) {
 			return (&net.Dialer{Timeout: dialTimeout}).DialContext(ctx, "unix", path)
@@ -104,8 +106,39 @@ func (c *Client) Status(ctx context.Context, v any) error { return c.do(ctx, "GE
 // mount's summary.
 func (c *Client) Sync(ctx context.Context, v any) error { return c.do(ctx, "POST", "/sync", v) }
 
-// Unmount returns once the mount is gone; v is filled with its summary.
-func (c *Client) Unmount(ctx context.Context, v any) error { return c.do(ctx, "POST", "/unmount", v) }
+// Unmount returns once the mount is gone, and its socket too; v is filled with
+// its summary.
+func (c *Client) Unmount(ctx context.Context, v any) error {
+	if err := c.do(ctx, "POST", "/unmount", v); err != nil {
+		return err
+	}
+	return c.gone(ctx)
+}
+
+// How long, and how often, to look whether a process that has unmounted takes
+// its socket away. It has nothing to do any more that takes time.
+const (
+	goneTimeout = 5 * time.Second
+	gonePause   = 5 * time.Millisecond
+)
+
+func (c *Client) gone(ctx context.Context) error {
+	limit := time.After(goneTimeout)
+	tick := time.NewTicker(gonePause)
+	defer tick.Stop()
+	for {
+		if _, err := os.Lstat(c.path); errors.Is(err, fs.ErrNotExist) {
+			return nil
+		}
+		select {
+		case <-tick.C:
+		case <-limit:
+			return nil // it is unmounted all the same
+		case <-ctx.Done():
+			return context.Cause(ctx)
+		}
+	}
+}
 
 func (c *Client) do(ctx context.Context, method, path string, v any) error {
 	req, err := http.NewRequestWithContext(ctx, method, "http://mount"+path, http.NoBody)
