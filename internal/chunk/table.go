@@ -119,12 +119,43 @@ func (s *slot) idle() bool {
 // claim, so that what arrives for them later is dropped.
 type Fetch struct {
 	Run
+	Owner  any      // for the caller
 	want   []uint64 // by word, from Page/64 on
 	wanted int64
 }
 
 // Wanted returns how many pages the fetch still waits for.
 func (f *Fetch) Wanted() int64 { return f.wanted }
+
+// Span returns the shortest run that holds all that f waits for.
+func (f *Fetch) Span() Run {
+	var s Run
+	for i, k := range f.want {
+		if k == 0 {
+			continue
+		}
+		at := (f.Page/wordPages + int64(i)) * wordPages
+		if s.N == 0 {
+			s.Page = at + int64(bits.TrailingZeros64(k))
+		}
+		s.N = at + int64(bits.Len64(k)) - s.Page
+	}
+	return s
+}
+
+// Fetches returns those that want a page, or one near it. The slice is valid
+// until the next change.
+func (t *Table) Fetches(page int64) []*Fetch {
+	if s := t.slots[page/wordPages]; s != nil {
+		return s.fetches
+	}
+	return nil
+}
+
+// Wants reports whether f waits for a page.
+func (f *Fetch) Wants(page int64) bool {
+	return page >= f.Page && page < f.End() && *f.word(page/wordPages)>>(page%wordPages)&1 != 0
+}
 
 func (f *Fetch) word(w int64) *uint64 { return &f.want[w-f.Page/wordPages] }
 

@@ -75,6 +75,9 @@ func (t *Table) Synced(ok bool) {
 	t.unsynced.reset()
 }
 
+// NeedsCommit reports whether a commit would have something to record.
+func (t *Table) NeedsCommit() bool { return t.pending.count > 0 }
+
 // BeginCommit fixes which pages the next commit concerns: those that changed
 // since the last one. The caller then syncs the local backend, so that their
 // bytes are safe, and calls Commit. It reports whether there are any.

@@ -1,0 +1,222 @@
+package region
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"time"
+
+	"github.com/memferry/memferry"
+)
+
+const (
+	// generationPoll is how often the remote is asked whether it is still the
+	// same.
+	generationPoll = 10 * time.Second
+
+	// generationSettle is how long no push must have happened for the remote's
+	// tag to be taken as that of our own writes.
+	generationSettle = 2 * time.Second
+)
+
+// generation watches whether somebody else changes the remote. Our own pushes
+// change its tag too: between the first one and the next look at rest, a new
+// tag proves nothing, and is adopted. The region's mutex guards the fields.
+type generation struct {
+	ask    memferry.Generationer // nil where the remote has no tags
+	tag    string                // of the content that the local copy matches
+	own    bool                  // our pushes may have changed it since
+	rounds int64                 // pushes begun
+	pushed time.Time             // the last of them
+	wake   chan struct{}
+}
+
+// check has the loop look now.
+func (g *generation) check() {
+	if g.ask == nil {
+		return
+	}
+	select {
+	case g.wake <- struct{}{}:
+	default:
+	}
+}
+
+// openGeneration compares the remote with what the cache was filled from.
+func (r *Region) openGeneration(ctx context.Context) error {
+	r.gen.wake = make(chan struct{}, 1)
+	if r.remote.can.Generationer == nil {
+		return nil
+	}
+	ctx, cancel := context.WithTimeout(ctx, r.o.IOTimeout)
+	defer cancel()
+	tag, err := r.remote.can.Generationer.Generation(ctx)
+	if err != nil && !errors.Is(err, memferry.ErrNotSupported) {
+		return fmt.Errorf("ask the remote for its generation: %w", err)
+	}
+	if tag == "" {
+		return nil
+	}
+	r.gen.ask, r.gen.tag = r.remote.can.Generationer, tag
+	if r.o.Store == nil {
+		return nil
+	}
+	if known := r.o.Store.Generation(); known != "" && known != tag {
+		return changedError(known, tag, true)
+	}
+	return wrap("record the remote's generation", r.o.Store.SetGeneration(tag, r.table.Counts().Dirty > 0))
+}
+
+func changedError(old, now string, cached bool) error {
+	remedy := "unmount and mount again to use its new content"
+	if cached {
+		remedy = "mount it with an empty --cache directory to use its new content"
+	}
+	return fmt.Errorf("generation %q, was %q: %w; %s", now, old, memferry.ErrChanged, remedy)
+}
+
+// setChangedLocked stops all use of the remote for good.
+func (r *Region) setChangedLocked(err error) {
+	r.changed = err
+	r.errorLocked(ErrorChanged, err)
+	r.wakeAllLocked()
+	r.push.kick()
+}
+
+// generationLoop looks at the remote now and then, and after an outage.
+func (r *Region) generationLoop() {
+	tick := time.NewTicker(generationPoll)
+	defer tick.Stop()
+	settle := time.NewTicker(generationSettle)
+	defer settle.Stop()
+	for {
+		select {
+		case <-tick.C:
+			r.checkGeneration()
+		case <-r.gen.wake:
+			r.checkGeneration()
+		case <-settle.C:
+			r.mu.Lock()
+			rest := r.gen.own && time.Since(r.gen.pushed) >= generationSettle
+			r.mu.Unlock()
+			if rest {
+				r.settleGeneration()
+			}
+		case <-r.ctx.Done():
+			return
+		}
+	}
+}
+
+// askGeneration returns the remote's tag.
+func (r *Region) askGeneration() (string, error) {
+	ctx, cancel := context.WithTimeout(memferry.WithClass(r.ctx, memferry.ClassDemand), r.o.IOTimeout)
+	defer cancel()
+	tag, err := r.gen.ask.Generation(ctx)
+	if err != nil {
+		return "", fmt.Errorf("ask the remote for its generation: %w", err)
+	}
+	return tag, nil
+}
+
+// checkGeneration notices that somebody else has changed the remote.
+func (r *Region) checkGeneration() {
+	r.mu.Lock()
+	own, known := r.gen.own, r.gen.tag
+	r.mu.Unlock()
+	if own {
+		return
+	}
+	tag, err := r.askGeneration()
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	if err != nil {
+		if r.ctx.Err() == nil {
+			r.remoteFailedLocked(err)
+		}
+		return // other requests notice an outage, and end it
+	}
+	if tag != "" && tag != known && !r.gen.own && r.gen.tag == known && r.changed == nil {
+		r.setChangedLocked(changedError(known, tag, r.o.Store != nil))
+	}
+}
+
+// beginPushGeneration makes sure that the remote is still ours to change, and
+// has the cache know that its tag will differ.
+func (r *Region) beginPushGeneration() error {
+	if r.gen.ask == nil {
+		return nil
+	}
+	r.mu.Lock()
+	r.gen.rounds++
+	r.gen.pushed = time.Now()
+	own, known, changed := r.gen.own, r.gen.tag, r.changed
+	r.mu.Unlock()
+	if changed != nil {
+		return changed
+	}
+	if own {
+		return nil
+	}
+	tag, err := r.askGeneration()
+	if err != nil {
+		return err
+	}
+	if tag != "" && tag != known {
+		err := changedError(known, tag, r.o.Store != nil)
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		r.setChangedLocked(err)
+		return err
+	}
+	if err := r.storeGeneration(known, true); err != nil {
+		return err
+	}
+	r.mu.Lock()
+	r.gen.own = true
+	r.mu.Unlock()
+	return nil
+}
+
+// settleGeneration adopts the tag that our own pushes have led to, unless
+// another push has begun meanwhile.
+func (r *Region) settleGeneration() {
+	if r.gen.ask == nil {
+		return
+	}
+	r.mu.Lock()
+	c := r.table.Counts()
+	rounds, own := r.gen.rounds, r.gen.own && c.Dirty+c.Pushing+c.Unsynced == 0 && r.changed == nil
+	r.mu.Unlock()
+	if !own {
+		return
+	}
+	tag, err := r.askGeneration()
+	if err != nil || tag == "" {
+		return // tried again
+	}
+	// Under the store's lock, so that a push that begins now says so after us.
+	r.commitMu.Lock()
+	defer r.commitMu.Unlock()
+	r.mu.Lock()
+	same := r.gen.rounds == rounds
+	if same {
+		r.gen.tag, r.gen.own = tag, false
+	}
+	r.mu.Unlock()
+	if !same || r.o.Store == nil {
+		return
+	}
+	if err := r.o.Store.SetGeneration(tag, false); err != nil {
+		r.noteError(ErrorStore, fmt.Errorf("record the remote's generation: %w", err))
+	}
+}
+
+func (r *Region) storeGeneration(tag string, pushing bool) error {
+	if r.o.Store == nil {
+		return nil
+	}
+	r.commitMu.Lock()
+	defer r.commitMu.Unlock()
+	return wrap("record the remote's generation", r.o.Store.SetGeneration(tag, pushing))
+}
