@@ -104,7 +104,7 @@ func (a *app) rootCmd() *cobra.Command {
 	root.AddCommand(
 		a.serveCmd(), a.mountCmd(), a.umountCmd(), a.statusCmd(),
 		a.copyCmd(),
-		a.doctorCmd(), a.versionCmd(), a.manCmd(),
+		a.doctorCmd(), a.demoCmd(), a.versionCmd(), a.manCmd(),
 	)
 	root.InitDefaultCompletionCmd(a.env.Args...)
 	root.InitDefaultHelpCmd()
