@@ -11,6 +11,7 @@ import (
 	"io"
 	"math/rand/v2"
 	"slices"
+	"time"
 )
 
 // Better says which way a metric improves.
@@ -128,28 +129,40 @@ func Percentile(samples []float64, p float64) float64 {
 	return s[min(max(i, 0), len(s)-1)]
 }
 
-// Compare runs the subjects rounds times, in a new random order each time, and
-// records what they measure. A subject that fails is reported and left out of
-// the rounds that follow.
+// Compare runs the subjects once to warm up and then Rounds times, in a new
+// random order each time, and records what they measure. A machine whose speed
+// drifts is then as unfair to one as to another. A subject that fails is
+// reported and left out of the rounds that follow.
 func (e *Env) Compare(ctx context.Context, group, scenario string, subjects ...Subject) {
-	failed := map[string]bool{}
-	for round := range e.Rounds {
+	measured := make([][]Value, len(subjects))
+	failed := make([]bool, len(subjects))
+	for round := range e.Rounds + 1 {
 		for _, i := range rand.Perm(len(subjects)) {
 			s := subjects[i]
-			if failed[s.Name] || ctx.Err() != nil {
+			if failed[i] || ctx.Err() != nil || round == 0 && e.Rounds == 1 {
 				continue
 			}
-			e.logf("%s, %s: %s, round %d of %d", group, scenario, s.Name, round+1, e.Rounds)
-			values, err := s.Run(ctx)
+			e.logf("%s, %s: %s, round %d of %d", group, scenario, s.Name, round, e.Rounds)
+			one, cancel := context.WithTimeout(ctx, runLimit)
+			values, err := s.Run(one)
+			cancel()
 			if err != nil {
-				failed[s.Name] = true
+				failed[i] = true
 				e.Report.Fail(group, scenario, s.Name, err)
 				e.logf("%s, %s: %s: %v", group, scenario, s.Name, err)
 				continue
 			}
-			for _, v := range values {
-				e.Report.add(group, scenario, s.Name, v)
+			if round > 0 {
+				measured[i] = append(measured[i], values...)
 			}
 		}
 	}
+	for i, s := range subjects {
+		for _, v := range measured[i] {
+			e.Report.add(group, scenario, s.Name, v)
+		}
+	}
 }
+
+// runLimit bounds one run of one subject.
+const runLimit = 5 * time.Minute

@@ -29,6 +29,7 @@ type Env struct {
 	Report  *Report
 
 	dir      string // in memory: storage must not matter
+	bin      string // on disk: programs in memory would count as shared memory
 	memferry string
 	gonbd    string
 	data     string // a file of Size random bytes
@@ -65,6 +66,9 @@ func Open(ctx context.Context, o Options) (*Env, error) {
 		}
 	}
 	e.dir = dir
+	if e.bin, err = os.MkdirTemp("", "mfbench"); err != nil {
+		return nil, errors.Join(err, e.Close())
+	}
 	if err := e.prepare(ctx); err != nil {
 		return nil, errors.Join(err, e.Close())
 	}
@@ -72,14 +76,14 @@ func Open(ctx context.Context, o Options) (*Env, error) {
 }
 
 // Close removes what Open made.
-func (e *Env) Close() error { return os.RemoveAll(e.dir) }
+func (e *Env) Close() error { return errors.Join(os.RemoveAll(e.dir), os.RemoveAll(e.bin)) }
 
 func (e *Env) logf(format string, args ...any) {
 	fmt.Fprintf(e.Log, time.Now().Format("15:04:05 ")+format+"\n", args...)
 }
 
 func (e *Env) prepare(ctx context.Context) error {
-	e.memferry = filepath.Join(e.dir, "memferry")
+	e.memferry = filepath.Join(e.bin, "memferry")
 	build := exec.CommandContext(ctx, "go", "build", "-o", e.memferry, "github.com/memferry/memferry/cmd/memferry")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
 	if out, err := build.CombinedOutput(); err != nil {
@@ -89,7 +93,7 @@ func (e *Env) prepare(ctx context.Context) error {
 	if err != nil {
 		return fmt.Errorf("find the module: %w", err)
 	}
-	e.gonbd = filepath.Join(e.dir, "gonbd")
+	e.gonbd = filepath.Join(e.bin, "gonbd")
 	build = exec.CommandContext(ctx, "go", "build", "-o", e.gonbd, ".")
 	build.Dir = filepath.Join(strings.TrimSpace(string(root)), "internal/bench/peers/gonbd")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")

@@ -1,6 +1,7 @@
 package bench
 
 import (
+	"bytes"
 	"context"
 	"encoding/json"
 	"fmt"
@@ -37,6 +38,10 @@ func (e *Env) fio(ctx context.Context, args ...string) ([]Value, error) {
 	_, out, err := run(ctx, "fio", args...)
 	if err != nil {
 		return nil, err
+	}
+	// fio may print a note before the JSON.
+	if i := bytes.IndexByte(out, '{'); i > 0 {
+		out = out[i:]
 	}
 	var r fioResult
 	if err := json.Unmarshal(out, &r); err != nil {
