@@ -59,3 +59,14 @@ func TestContractMemfd(t *testing.T) {
 		return b
 	}, backendtest.Options{})
 }
+
+func TestContractBlockDevice(t *testing.T) {
+	device := loopDevice(t, 1<<20)
+	backendtest.Run(t, func(t testing.TB) memferry.Backend {
+		b, err := Open(device, Options{})
+		if err != nil {
+			t.Fatal(err)
+		}
+		return b
+	}, backendtest.Options{Filled: true, Steps: 2})
+}

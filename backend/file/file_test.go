@@ -234,14 +234,15 @@ func TestNoSpace(t *testing.T) {
 	}
 }
 
-func TestBlockDevice(t *testing.T) {
+// loopDevice returns a block device of n bytes, all of them x.
+func loopDevice(t *testing.T, n int) string {
+	t.Helper()
 	testenv.Root(t)
 	losetup := testenv.Program(t, "losetup")
-	const size = 1 << 20
-	image := write(t, filepath.Join(t.TempDir(), "image"), strings.Repeat("x", size))
+	image := write(t, filepath.Join(t.TempDir(), "image"), strings.Repeat("x", n))
 	out, err := exec.Command(losetup, "--find", "--show", image).Output()
 	if err != nil {
-		t.Skipf("losetup: %v", err)
+		t.Skipf("losetup: %v: needs /dev/loop-control and a free loop device", err)
 	}
 	device := strings.TrimSpace(string(out))
 	t.Cleanup(func() {
@@ -249,6 +250,12 @@ func TestBlockDevice(t *testing.T) {
 			t.Errorf("detach %s: %v", device, err)
 		}
 	})
+	return device
+}
+
+func TestBlockDevice(t *testing.T) {
+	const size = 1 << 20
+	device := loopDevice(t, size)
 	if b, err := Open(device, Options{Size: 2 * size}); err == nil || !strings.Contains(err.Error(), "is a block device") {
 		_ = b.Close()
 		t.Errorf("another size: %v", err)
