@@ -195,30 +195,15 @@ func (c *serverConn) readInto(rq request, buf *buffer, h held) {
 // zero, so that a few bytes can stand for it. Where reads have found no holes,
 // it looks only now and then.
 func (c *serverConn) readsHole(rq request) bool {
-	x := c.exp
-	if !c.structured || x.caps.Extenter == nil || x.access == accessSlow ||
-		rq.length < holeTry || rq.flags&cmdFlagDF != 0 {
+	if !c.structured || rq.length < holeTry || rq.flags&cmdFlagDF != 0 {
 		return false
 	}
 	c.reads++
 	if !c.holes && c.reads%holeInterval != 1 {
 		return false
 	}
-	e, err := x.caps.Extenter.Extents(c.ctx, int64(rq.offset), int64(rq.length))
-	c.holes = err == nil && allZero(e, int64(rq.offset), int64(rq.length))
+	c.holes = c.exp.hole(c.ctx, int64(rq.offset), int64(rq.length))
 	return c.holes
-}
-
-// allZero reports whether e covers the range with zeroes.
-func allZero(e []memferry.Extent, off, n int64) bool {
-	end := off
-	for _, x := range e {
-		if x.Off != end || x.Flags&memferry.ExtentZero == 0 {
-			return false
-		}
-		end += x.Len
-	}
-	return end >= off+n
 }
 
 // write serves WRITE, whose payload follows.

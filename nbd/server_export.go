@@ -124,24 +124,15 @@ func (x *export) findSizes(maxRequest int) error {
 }
 
 func (x *export) findAccess() {
-	if x.caps.Viewer != nil {
-		x.access = accessMemory
-		return
+	if x.caps.Filer != nil {
+		if f := x.caps.Filer.File(); f != nil {
+			if raw, err := f.SyscallConn(); err == nil {
+				x.file = raw
+				x.access = accessFile
+			}
+		}
 	}
-	if x.caps.Filer == nil {
-		return
-	}
-	f := x.caps.Filer.File()
-	if f == nil {
-		return
-	}
-	raw, err := f.SyscallConn()
-	if err != nil {
-		return
-	}
-	x.file = raw
-	x.access = accessFile
-	if isMemoryFile(raw) {
+	if x.caps.Viewer != nil || x.file != nil && isMemoryFile(x.file) {
 		x.access = accessMemory
 	}
 }
@@ -165,6 +156,41 @@ func (x *export) readCached(p []byte, off int64) bool {
 		n, err = unix.Preadv2(int(fd), [][]byte{p}, off, unix.RWF_NOWAIT)
 	})
 	return cerr == nil && err == nil && n == len(p)
+}
+
+// hole reports whether the range is known, at little cost, to read as zero.
+func (x *export) hole(ctx context.Context, off, n int64) bool {
+	if x.file != nil {
+		return x.fileHole(off, n)
+	}
+	if x.caps.Extenter == nil || x.access == accessSlow {
+		return false
+	}
+	e, err := x.caps.Extenter.Extents(ctx, off, n)
+	return err == nil && allZero(e, off, n)
+}
+
+// fileHole asks where the next data is, lseek(2). To ask for the extents would
+// have tmpfs walk all pages up to the next hole.
+func (x *export) fileHole(off, n int64) bool {
+	hole := false
+	cerr := x.file.Control(func(fd uintptr) {
+		data, err := unix.Seek(int(fd), off, unix.SEEK_DATA)
+		hole = errors.Is(err, unix.ENXIO) || err == nil && data >= off+n
+	})
+	return cerr == nil && hole
+}
+
+// allZero reports whether e covers the range with zeroes.
+func allZero(e []memferry.Extent, off, n int64) bool {
+	end := off
+	for _, x := range e {
+		if x.Off != end || x.Flags&memferry.ExtentZero == 0 {
+			return false
+		}
+		end += x.Len
+	}
+	return end >= off+n
 }
 
 // cache asks for the range to be fetched into memory.
