@@ -10,6 +10,7 @@ import (
 	"path/filepath"
 	"strings"
 	"testing"
+	"time"
 
 	"github.com/google/go-cmp/cmp"
 	"golang.org/x/sys/unix"
@@ -353,5 +354,28 @@ func TestMemfd(t *testing.T) {
 	}
 	if err := empty.Close(); err != nil {
 		t.Error(err)
+	}
+}
+
+func TestOpenKeepsTheGeneration(t *testing.T) {
+	path := filepath.Join(t.TempDir(), "f")
+	var tags []string
+	for i := range 2 {
+		b, err := Open(path, Options{Size: 1 << 20})
+		if err != nil {
+			t.Fatal(err)
+		}
+		tag, err := b.Generation(t.Context())
+		if err != nil {
+			t.Fatal(err)
+		}
+		tags = append(tags, tag)
+		b.Close()
+		if i == 0 {
+			time.Sleep(20 * time.Millisecond) // longer than the kernel's clock for times of files
+		}
+	}
+	if tags[0] != tags[1] {
+		t.Errorf("generation %s, and %s when opened again", tags[0], tags[1])
 	}
 }

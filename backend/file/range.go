@@ -94,6 +94,15 @@ func (b *Backend) canPunch() bool {
 	if b.medium.device {
 		return b.canDiscard()
 	}
+	var st unix.Statfs_t
+	if b.control("statfs", func(fd int) error { return unix.Fstatfs(fd, &st) }) == nil {
+		switch st.Type {
+		case unix.EXT4_SUPER_MAGIC, unix.XFS_SUPER_MAGIC, unix.BTRFS_SUPER_MAGIC, unix.TMPFS_MAGIC, unix.F2FS_SUPER_MAGIC:
+			// Known without a try, which would change the file's times, and so
+			// its generation, whenever it is opened.
+			return true
+		}
+	}
 	// Behind the end, where there is nothing to lose.
 	end := (b.size + probeLen - 1) &^ (probeLen - 1)
 	return b.fallocate(punchHole, end, probeLen) == nil

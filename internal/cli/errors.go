@@ -40,6 +40,20 @@ type remedyError struct {
 func (e *remedyError) Error() string { return e.err.Error() + "; " + e.remedy }
 func (e *remedyError) Unwrap() error { return e.err }
 
+// advisedError is an error that says what to do next in its own words.
+type advisedError struct{ err error }
+
+func (e *advisedError) Error() string { return e.err.Error() }
+func (e *advisedError) Unwrap() error { return e.err }
+
+// advised marks err as one that needs no remedy added.
+func advised(err error) error {
+	if err == nil {
+		return nil
+	}
+	return &advisedError{err}
+}
+
 // withRemedy adds what to do next to err.
 func withRemedy(err error, format string, a ...any) error {
 	if err == nil {
@@ -55,6 +69,19 @@ func about(thing string, err error) error {
 		return err
 	}
 	return fmt.Errorf("%s: %w", thing, err)
+}
+
+// advise adds what to do next where err does not say so itself, for one whose
+// text alone will reach the user.
+func advise(err error) error {
+	var said *advisedError
+	if err == nil || errors.As(err, &said) || strings.Contains(err.Error(), "; ") {
+		return err
+	}
+	if r := remedyFor(err); r != "" {
+		return withRemedy(err, "%s", r)
+	}
+	return err
 }
 
 // statusOf is the exit status for err.
@@ -74,15 +101,11 @@ func report(w io.Writer, err error) { fmt.Fprintln(w, line(err)) }
 
 // line is "memferry: WHAT: WHY; REMEDY".
 func line(err error) string {
-	text := oneLine(err.Error())
 	var usage *usageError
 	if errors.As(err, &usage) {
-		return fmt.Sprintf("memferry: %s; see `%s --help`", text, usage.command)
+		return fmt.Sprintf("memferry: %s; see `%s --help`", oneLine(err.Error()), usage.command)
 	}
-	if r := remedyFor(err); r != "" && !strings.Contains(text, "; ") {
-		text += "; " + r
-	}
-	return "memferry: " + text
+	return "memferry: " + oneLine(advise(err).Error())
 }
 
 // oneLine joins what errors.Join and programs put on several lines.

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io/fs"
 	"log/slog"
+	"net/url"
 	"os"
 	"path"
 	"path/filepath"
@@ -27,6 +28,7 @@ import (
 // because the file is in use goes back to open.
 type session struct {
 	url, path, cacheDir string
+	identity            string // the URL, whatever the working directory
 	readOnly            bool
 	started             time.Time
 	log                 *slog.Logger
@@ -58,13 +60,13 @@ type mountOptions struct {
 	region      region.Options
 }
 
-// openSession opens url, makes a region of it unless the mount is direct, and
+// openSession opens rawURL, makes a region of it unless the mount is direct, and
 // mounts that at path, which is absolute. On failure nothing is left behind.
-func (a *app) openSession(ctx context.Context, url, path string, o mountOptions) (s *session, err error) {
+func (a *app) openSession(ctx context.Context, rawURL, path string, o mountOptions) (s *session, err error) {
 	if err := checkMountpoint(path); err != nil {
 		return nil, err
 	}
-	remote, err := a.open(ctx, url, backend.Options{
+	remote, err := a.open(ctx, rawURL, backend.Options{
 		ReadOnly:    o.readOnly,
 		IOTimeout:   o.region.IOTimeout,
 		Connections: o.connections,
@@ -73,21 +75,21 @@ func (a *app) openSession(ctx context.Context, url, path string, o mountOptions)
 		return nil, err
 	}
 	s = &session{
-		url: url, path: path, cacheDir: o.cacheDir, started: time.Now(), log: a.log,
+		url: rawURL, path: path, identity: a.absolute(rawURL), cacheDir: o.cacheDir, started: time.Now(), log: a.log,
 		readOnly: o.readOnly || memferry.CapabilitiesOf(remote).ReadOnly,
 		state:    "mounted", over: make(chan struct{}),
 	}
 	if s.readOnly && !o.readOnly {
-		a.log.Info("the remote is read-only, and so is the mount", "url", url)
+		a.log.Info("the remote is read-only, and so is the mount", "url", rawURL)
 	}
 	s.backend = remote
 	if !o.direct {
 		if err := s.openRegion(ctx, remote, o); err != nil {
-			return nil, about(url, err)
+			return nil, about(rawURL, err)
 		}
 	}
 	s.device, err = fuse.Mount(ctx, s.backend, path, fuse.Options{
-		Name:       a.fileName(url, o.name),
+		Name:       a.fileName(rawURL, o.name),
 		ReadOnly:   s.readOnly,
 		AllowOther: o.allowOther,
 		Logger:     a.log,
@@ -139,11 +141,11 @@ func (s *session) openLocal(ctx context.Context, remote memferry.Backend, ro *re
 
 // fileName is the file's name in a directory: what the user said, or the name
 // of the export.
-func (a *app) fileName(url, name string) string {
+func (a *app) fileName(rawURL, name string) string {
 	if name != "" {
 		return name
 	}
-	u, _, err := a.backends().Lookup(url)
+	u, _, err := a.backends().Lookup(rawURL)
 	if err != nil {
 		return ""
 	}
@@ -151,6 +153,20 @@ func (a *app) fileName(url, name string) string {
 		return base
 	}
 	return ""
+}
+
+// absolute is url with a relative path in it made absolute, so that it means
+// the same next time.
+func (a *app) absolute(raw string) string {
+	u, _, err := a.backends().Lookup(raw)
+	if err != nil || u.Host != "" || u.Path == "" || u.Scheme != "file" && u.Scheme != "dir" {
+		return raw
+	}
+	abs, err := filepath.Abs(u.Path)
+	if err != nil {
+		return raw
+	}
+	return (&url.URL{Scheme: u.Scheme, Path: abs, RawQuery: u.Query.Encode()}).String()
 }
 
 // watch ends the session when the file was unmounted behind our back.
@@ -221,7 +237,7 @@ func (s *session) Sync(ctx context.Context) (any, error) {
 		return nil, err
 	}
 	if err := s.push(ctx); err != nil {
-		return nil, err
+		return nil, advise(err)
 	}
 	return s.summary(start, before), nil
 }
@@ -260,7 +276,7 @@ func (s *session) summary(start time.Time, before int64) unmountSummary {
 // used, unmounts, and closes everything.
 func (s *session) Unmount(ctx context.Context) (any, error) {
 	sum, err := s.unmount(ctx)
-	return sum, err
+	return sum, advise(err)
 }
 
 func (s *session) unmount(ctx context.Context) (unmountSummary, error) {
