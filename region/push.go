@@ -354,7 +354,7 @@ func (r *Region) pushAll(ctx context.Context) error {
 	var since time.Time // of the first failure
 	var last error
 	for failures := 0; ; {
-		err, done := r.awaitRound(ctx)
+		done, err := r.awaitRound(ctx)
 		if err == nil {
 			return nil
 		}
@@ -379,7 +379,7 @@ func (r *Region) pushAll(ctx context.Context) error {
 
 // awaitRound has a round begin and returns its error; done means that the
 // caller must not ask again.
-func (r *Region) awaitRound(ctx context.Context) (err error, done bool) {
+func (r *Region) awaitRound(ctx context.Context) (done bool, err error) {
 	c := make(chan error, 1)
 	r.mu.Lock()
 	switch {
@@ -393,14 +393,14 @@ func (r *Region) awaitRound(ctx context.Context) (err error, done bool) {
 	}
 	r.mu.Unlock()
 	if done {
-		return err, true
+		return true, err
 	}
 	select {
 	case err := <-c:
-		return err, false
+		return false, err
 	case <-ctx.Done():
-		return fmt.Errorf("push: %w", context.Cause(ctx)), true
+		return true, fmt.Errorf("push: %w", context.Cause(ctx))
 	case <-r.ctx.Done():
-		return memferry.ErrClosed, true
+		return true, memferry.ErrClosed
 	}
 }
