@@ -305,7 +305,7 @@ func (l *fakeLocal) Capabilities() memferry.Capabilities {
 }
 
 func (l *fakeLocal) Size() int64  { return int64(len(l.data)) }
-func (l *fakeLocal) Sync() error  { return nil }
+func (l *fakeLocal) Sync() error  { time.Sleep(time.Millisecond); return nil }
 func (l *fakeLocal) Close() error { return nil }
 
 func (l *fakeLocal) setFull(v bool) {
@@ -395,6 +395,8 @@ func (s *fakeStore) Intend(page, n int64) error {
 }
 
 func (s *fakeStore) Commit(cs []Change) error {
+	time.Sleep(time.Millisecond)       // a window for writes before it counts,
+	defer time.Sleep(time.Millisecond) // and one after
 	s.mu.Lock()
 	defer s.mu.Unlock()
 	if s.dead {

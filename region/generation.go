@@ -196,8 +196,8 @@ func (r *Region) settleGeneration() {
 		return // tried again
 	}
 	// Under the store's lock, so that a push that begins now says so after us.
-	r.commitMu.Lock()
-	defer r.commitMu.Unlock()
+	r.commitTurn <- struct{}{}
+	defer func() { <-r.commitTurn }()
 	r.mu.Lock()
 	same := r.gen.rounds == rounds
 	if same {
@@ -216,7 +216,7 @@ func (r *Region) storeGeneration(tag string, pushing bool) error {
 	if r.o.Store == nil {
 		return nil
 	}
-	r.commitMu.Lock()
-	defer r.commitMu.Unlock()
+	r.commitTurn <- struct{}{}
+	defer func() { <-r.commitTurn }()
 	return wrap("record the remote's generation", r.o.Store.SetGeneration(tag, pushing))
 }

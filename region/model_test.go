@@ -156,6 +156,9 @@ func (w *world) changed(off, n int64) {
 
 func (w *world) step() {
 	off, n := w.span()
+	if w.rnd.IntN(3) == 0 { // into the middle of what goes on behind
+		time.Sleep(time.Duration(w.rnd.IntN(2000)) * time.Microsecond)
+	}
 	var err error
 	switch k := w.rnd.IntN(100); {
 	case k < 40:
@@ -247,6 +250,9 @@ func (w *world) restart() {
 		w.fatalf("close: %v", err)
 	}
 	w.compareRemote("close")
+	if w.store != nil && slices.Contains(w.store.state, Dirty) {
+		w.fatalf("pages are recorded as dirty after a clean close")
+	}
 	if w.store == nil {
 		w.local = newLocal(int64(len(w.want)))
 	}

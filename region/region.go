@@ -60,7 +60,7 @@ type Region struct {
 	closeOnce sync.Once
 	closeErr  error
 
-	commitMu   sync.Mutex // one commit at a time; held across Store.Commit and the local Sync
+	commitTurn chan struct{} // full while a commit runs, which may take as long as a disk does
 	commitWake chan struct{}
 
 	mu      sync.Mutex
@@ -114,7 +114,7 @@ func open(ctx context.Context, remote, local memferry.Backend, o Options) (*Regi
 	r := &Region{
 		o: o, remote: newEndpoint(remote), local: newEndpoint(local), size: remote.Size(),
 		done: make(chan struct{}), waiters: make(map[int64]*waiter), up: true,
-		commitWake: make(chan struct{}, 1),
+		commitWake: make(chan struct{}, 1), commitTurn: make(chan struct{}, 1),
 	}
 	r.o.ReadOnly = o.ReadOnly || r.remote.can.ReadOnly
 	r.quiet = sync.NewCond(&r.mu)

@@ -64,8 +64,8 @@ func (r *Region) kickCommit() {
 
 // commit makes the local data durable and then records the state of its pages.
 func (r *Region) commit() error {
-	r.commitMu.Lock()
-	defer r.commitMu.Unlock()
+	r.commitTurn <- struct{}{}
+	defer func() { <-r.commitTurn }()
 	r.mu.Lock()
 	r.table.BeginCommit()
 	r.mu.Unlock()
