@@ -148,6 +148,9 @@ func (s *store) writeManifest() error {
 
 // beforeWrite notes in the manifest, before the first change, that the content
 // leaves its generation.
+//
+// BUG(dir): This needs space for a second manifest, so on a full medium the
+// first change after an open fails, even one that would give space back.
 func (s *store) beforeWrite() error {
 	if s.state.writing.Load() {
 		s.state.changes.Add(1)
