@@ -337,6 +337,7 @@ type answer struct {
 	cookie  uint64
 	errno   Errno
 	message string
+	offset  uint64                    // of data, in structured replies
 	data    []byte                    // of a read, holes filled in
 	holes   int                       // chunks
 	status  map[uint32][]statusExtent // by context ID
@@ -378,12 +379,14 @@ func (w *wire) addChunk(a *answer, h chunkHeader, p []byte) {
 	switch h.typ {
 	case chunkNone:
 	case chunkOffsetData:
+		w.checkOffset(a, parseOffsetData(p))
 		a.data = append(a.data, p[offsetDataLen:]...)
 	case chunkOffsetHole:
-		_, n, err := parseOffsetHole(p)
+		off, n, err := parseOffsetHole(p)
 		if err != nil {
 			w.t.Fatal(err)
 		}
+		w.checkOffset(a, off)
 		a.data = append(a.data, make([]byte, n)...)
 		a.holes++
 	case chunkBlockStatus:
@@ -393,11 +396,25 @@ func (w *wire) addChunk(a *answer, h chunkHeader, p []byte) {
 		}
 		a.status[id] = e
 	default:
+		if !h.isError() {
+			w.t.Fatalf("chunk of type %d", h.typ)
+		}
 		c, err := parseErrorChunk(h.typ, p)
 		if err != nil {
 			w.t.Fatal(err)
 		}
 		a.errno, a.message = c.err, c.message
+	}
+}
+
+// checkOffset requires that content continues where it ended.
+func (w *wire) checkOffset(a *answer, off uint64) {
+	w.t.Helper()
+	if len(a.data) == 0 {
+		a.offset = off
+	}
+	if want := a.offset + uint64(len(a.data)); off != want {
+		w.t.Errorf("content at %d, want %d", off, want)
 	}
 }
 
@@ -411,6 +428,9 @@ func (w *wire) ask(rq request, payload ...byte) answer {
 		n = int(rq.length)
 	}
 	a := w.receive(n)
+	if !a.simple && len(a.data) > 0 && a.offset != rq.offset {
+		w.t.Errorf("content from %d, asked for %d", a.offset, rq.offset)
+	}
 	if a.cookie != rq.cookie {
 		w.t.Fatalf("%s: cookie %#x, want %#x", commandName(rq.typ), a.cookie, rq.cookie)
 	}
