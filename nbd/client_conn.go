@@ -178,26 +178,26 @@ func (cc *clientConn) sendLocked() {
 }
 
 // abandon gives a call up. When it returns nobody touches the call's buffers
-// any more. It reports the result if there is one after all.
-func (cc *clientConn) abandon(k *call) (error, bool) {
+// any more. It reports whether there is a result after all, and which.
+func (cc *clientConn) abandon(k *call) (answered bool, err error) {
 	cc.mu.Lock()
 	if _, ok := cc.calls[k.req.cookie]; !ok {
 		if k.unsent {
 			cc.failLocked(errHalfWay)
 		}
 		cc.mu.Unlock()
-		return <-k.done, true
+		return true, <-k.done
 	}
 	k.abandoned = true
 	if !k.unsent && !k.receiving {
 		cc.mu.Unlock()
-		return nil, false
+		return false, nil
 	}
 	// Its buffer is in a system call: only the end of the connection frees it.
 	cc.failLocked(errHalfWay)
 	cc.mu.Unlock()
-	<-k.done
-	return nil, false
+	_ = <-k.done // the loss that was just caused
+	return false, nil
 }
 
 // fail ends the connection.
@@ -244,11 +244,16 @@ func (cc *clientConn) run() error {
 	for {
 		if err := cc.readReply(); err != nil {
 			cc.fail(err)
-			cc.mu.Lock()
-			defer cc.mu.Unlock()
-			return cc.err
+			return cc.reason()
 		}
 	}
+}
+
+// reason returns why the connection is over.
+func (cc *clientConn) reason() error {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	return cc.err
 }
 
 // finishAll tells every caller that its request was lost.

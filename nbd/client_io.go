@@ -111,7 +111,7 @@ func (c *Client) await(ctx context.Context, cc *clientConn, k *call) error {
 	case <-c.ctx.Done():
 		why = memferry.ErrClosed
 	}
-	if err, ok := cc.abandon(k); ok {
+	if answered, err := cc.abandon(k); answered {
 		if err = c.answer(k, err); !errors.Is(err, errConnLost) {
 			return err
 		}

@@ -9,5 +9,7 @@ func Registry() *backend.Registry {
 		memOpener,
 		fileOpener,
 		dirOpener,
+		nbdOpener,
+		nbdUnixOpener,
 	)
 }
