@@ -20,13 +20,29 @@ type disk struct {
 	crashAt int               // all operations fail from this one on; 0: never
 	full    bool              // no file can grow
 	syncErr bool              // fsync fails
+	stuck   bool              // files can't be cut
 }
 
 var errCrashed = errors.New("the machine is off")
 
 type inode struct {
-	data   []byte // as seen
-	synced []byte // on the medium
+	data   []byte   // as seen
+	synced []byte   // on the medium
+	lost   [][2]int // failed to be written once, and is not tried again
+}
+
+// settle makes p, a copy of data, what is on the medium.
+func (i *inode) settle(p []byte) []byte {
+	for _, l := range i.lost {
+		if end := min(l[1], len(p)); l[0] < end {
+			clear(p[l[0]:end])
+		}
+	}
+	return p
+}
+
+func (i *inode) clone() *inode {
+	return &inode{slices.Clone(i.data), slices.Clone(i.synced), slices.Clone(i.lost)}
 }
 
 func newDisk() *disk {
@@ -46,7 +62,7 @@ func (d *disk) step() error {
 func (d *disk) killed() *disk {
 	n := newDisk()
 	for name, i := range d.inodes {
-		n.inodes[name] = &inode{slices.Clone(i.data), slices.Clone(i.synced)}
+		n.inodes[name] = i.clone()
 	}
 	for name, i := range d.durable {
 		for seen, j := range d.inodes {
@@ -55,7 +71,7 @@ func (d *disk) killed() *disk {
 			}
 		}
 		if n.durable[name] == nil {
-			n.durable[name] = &inode{slices.Clone(i.data), slices.Clone(i.synced)}
+			n.durable[name] = i.clone()
 		}
 	}
 	return n
@@ -70,19 +86,19 @@ func (d *disk) powerLost(r *rand.Rand) *disk {
 	}
 	n := newDisk()
 	for name, i := range names {
-		data := slices.Clone(i.synced)
+		data, seen := slices.Clone(i.synced), i.settle(slices.Clone(i.data))
 		const sector = 64
-		for off := 0; off < len(i.data); off += sector {
+		for off := 0; off < len(seen); off += sector {
 			if r.IntN(3) > 0 {
 				continue
 			}
-			end := min(off+sector, len(i.data))
+			end := min(off+sector, len(seen))
 			if end > len(data) {
 				data = append(data, make([]byte, end-len(data))...)
 			}
-			copy(data[off:end], i.data[off:end])
+			copy(data[off:end], seen[off:end])
 		}
-		n.inodes[name] = &inode{data, slices.Clone(data)}
+		n.inodes[name] = &inode{data: data, synced: slices.Clone(data)}
 	}
 	n.durable = maps.Clone(n.inodes)
 	return n
@@ -170,6 +186,9 @@ func (f *diskFile) Truncate(n int64) error {
 	if err := f.d.step(); err != nil {
 		return err
 	}
+	if f.d.stuck {
+		return syscall.EIO
+	}
 	f.i.data = f.i.data[:n]
 	return nil
 }
@@ -180,9 +199,10 @@ func (f *diskFile) Sync() error {
 	}
 	if f.d.syncErr {
 		// As Linux does: what could not be written is forgotten to be unwritten.
+		f.i.lost = append(f.i.lost, [2]int{len(f.i.synced), len(f.i.data)})
 		return syscall.EIO
 	}
-	f.i.synced = slices.Clone(f.i.data)
+	f.i.synced = f.i.settle(slices.Clone(f.i.data))
 	return nil
 }
 

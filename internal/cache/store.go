@@ -248,9 +248,6 @@ func (s *store) beginSession(boot string) error {
 	r.session(boot)
 	s.commitMu.Lock()
 	defer s.commitMu.Unlock()
-	if s.behind {
-		return s.checkpoint(false)
-	}
 	return s.record(kindSession, []byte(boot), func() {})
 }
 

@@ -451,23 +451,24 @@ func TestCrashWhileRecovering(t *testing.T) {
 // failed is claimed, and all works again when there is space.
 func TestFullDiskRecovers(t *testing.T) {
 	seed := testenv.Seed(t)
-	for round := range 100 {
+	for round := range 400 {
 		w := newWorld(rand.New(rand.NewPCG(uint64(seed), uint64(round))))
 		s := newStore(t, w.d, w.boot(), 600)
 		for range 30 {
 			w.d.full = w.r.IntN(2) == 0
 			w.d.syncErr = w.r.IntN(10) == 0
+			w.d.stuck = w.r.IntN(4) == 0
 			for range w.r.IntN(30) {
 				w.act(s) //nolint:errcheck // some fail
 			}
 		}
 		if round%2 == 0 {
 			w.lose(round%4 == 0)
-			w.d.full, w.d.syncErr = false, false
+			w.d.full, w.d.syncErr, w.d.stuck = false, false, false
 			w.check(t)
 			continue
 		}
-		w.d.full, w.d.syncErr = false, false
+		w.d.full, w.d.syncErr, w.d.stuck = false, false, false
 		if err := w.sync(s); err != nil {
 			t.Fatalf("round %d: with space again: %v", round, err)
 		}
