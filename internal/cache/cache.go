@@ -247,8 +247,10 @@ func (c *Cache) checkUnused() error {
 		}
 		_, isJournal := journalNumber(name)
 		used := isJournal && st.Size() > journalHeader
-		if sys, ok := st.Sys().(*syscall.Stat_t); ok && name == dataName {
-			used = sys.Blocks > 0
+		if name == dataName {
+			if used, err = hasData(c.path(name)); err != nil {
+				return err
+			}
 		}
 		if used {
 			return c.damaged(fmt.Errorf("%s is missing, but %s has content: %w", stateName, name, memferry.ErrCorrupt))
@@ -260,6 +262,20 @@ func (c *Cache) checkUnused() error {
 		}
 	}
 	return nil
+}
+
+// hasData tells whether a file is more than a hole, as far as the file system
+// knows holes: lseek(2). One that does not says that there is data.
+func hasData(path string) (bool, error) {
+	f, err := os.Open(path)
+	if err != nil {
+		return false, err
+	}
+	_, err = unix.Seek(int(f.Fd()), 0, unix.SEEK_DATA)
+	if errors.Is(err, unix.ENXIO) {
+		return false, f.Close()
+	}
+	return true, errors.Join(err, f.Close())
 }
 
 // damaged adds the remedy.
@@ -295,6 +311,11 @@ func (c *Cache) load(id Identity, o Options) error {
 	}
 	if id.Generation != "" {
 		return s.setGeneration(id.Generation, false)
+	}
+	if s.meta.Pushing {
+		// Our pushes have changed the remote's tag to one that is not known:
+		// whichever the caller finds is right.
+		s.meta.Generation = ""
 	}
 	return nil
 }

@@ -146,6 +146,13 @@ func TestAnotherRemote(t *testing.T) {
 		t.Fatal(err)
 	}
 	mustClose(t, c)
+	asked := testIdentity()
+	asked.Generation = ""
+	c = mustOpen(t, dir, asked, Options{})
+	if c.Generation() != "" {
+		t.Errorf("generation %q, though pushes have changed it", c.Generation())
+	}
+	mustClose(t, c)
 	c = mustOpen(t, dir, other, Options{}) // adopted, as we were pushing
 	if c.Generation() != "g2" {
 		t.Errorf("generation %q", c.Generation())
