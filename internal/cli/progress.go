@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"sync/atomic"
 	"time"
 
 	"github.com/vbauerster/mpb/v8"
@@ -89,13 +90,14 @@ func (s sample) String() string {
 }
 
 func (p progress) bar(ctx context.Context) {
-	c := mpb.New(mpb.WithOutput(p.out), mpb.WithRefreshRate(barInterval))
-	var now sample
+	c := mpb.New(mpb.WithOutput(p.out), mpb.WithRefreshRate(barInterval), mpb.WithAutoRefresh())
+	var now atomic.Pointer[sample] // the bar reads it in its own time
+	now.Store(&sample{})
 	// total 0 keeps the bar from ending by itself: a region may go backwards.
 	b := c.New(0, mpb.BarStyle().Lbound("[").Filler("=").Tip(">").Padding(" ").Rbound("]"),
 		mpb.BarWidth(30),
 		mpb.PrependDecorators(decor.Name(p.label+" ")),
-		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string { return " " + now.String() })),
+		mpb.AppendDecorators(decor.Any(func(decor.Statistics) string { return " " + now.Load().String() })),
 	)
 	old := p.sink.swap(c)
 	t := time.NewTicker(barInterval)
@@ -105,7 +107,7 @@ func (p progress) bar(ctx context.Context) {
 		b.EnableTriggerComplete()
 		b.SetTotal(max(s.total, 1)+1, false)
 		b.SetCurrent(s.done)
-		now = s
+		now.Store(&s)
 	}
 	for {
 		select {
