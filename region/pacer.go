@@ -11,14 +11,19 @@ const (
 	rttMemory   = 10 * time.Second // how long the smallest round trip is believed
 	rttProbe    = 200 * time.Millisecond
 
-	growth       = 1.25 // a round that grows less than this is a sign of a full link
-	fullRounds   = 3    // and so many of them are the proof
-	gainCruise   = 1.25
-	gainProbe    = 1.6
-	gainDrain    = 1.0
-	cycleRounds  = 8 // one of which probes, and one drains
-	queueSlack   = 10 * time.Millisecond
-	pacerQuantum = 512 << 10 // keeps a link without delay busy between wake-ups
+	growth      = 1.25 // a round that grows less than this is a sign of a full link
+	fullRounds  = 3    // and so many of them are the proof
+	gainStart   = 2.2  // twice, so that it can double, and a little
+	gainCruise  = 1.15
+	gainProbe   = 1.4
+	gainDrain   = 1.0
+	cycleRounds = 8 // one of which probes, and one drains
+	queueSlack  = 4 * time.Millisecond
+
+	// What keeps a link without delay busy between wake-ups: bytes, but no
+	// longer than this on the wire.
+	pacerQuantum     = 512 << 10
+	pacerQuantumTime = 500 * time.Microsecond
 )
 
 // pacer decides how many bytes may be in flight. It follows BBR (Cardwell et
@@ -114,7 +119,7 @@ func (p *pacer) sample(now time.Time, rtt time.Duration) {
 	if p.rtt == 0 || rtt <= p.rtt {
 		p.rtt, p.rttAt = rtt, now
 	}
-	if !p.full && rtt > 2*p.rtt+queueSlack {
+	if !p.full && rtt > p.rtt+p.rtt/4+queueSlack {
 		p.full = true // a queue has built up
 	}
 	switch {
@@ -164,6 +169,9 @@ func (p *pacer) resize(now time.Time, n int64) {
 	case !p.full:
 		if p.limited {
 			p.window += n
+			if b := int64(gainStart * p.bdp()); b > startWindow {
+				p.window = min(p.window, b)
+			}
 		}
 	case !p.probing.IsZero() && now.Before(p.probing):
 		p.window = int64(p.bdp() / 2)
@@ -175,7 +183,8 @@ func (p *pacer) resize(now time.Time, n int64) {
 		case 1:
 			gain = gainDrain
 		}
-		p.window = int64(gain*p.bdp()) + pacerQuantum
+		slack := max(pacerQuantumTime, p.rtt/10)
+		p.window = int64(gain*p.bdp() + min(pacerQuantum, p.rate()*slack.Seconds()))
 	}
 	p.window = min(max(p.window, minWindow), p.limit)
 }

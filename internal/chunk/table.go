@@ -154,7 +154,7 @@ func (t *Table) Fetches(page int64) []*Fetch {
 
 // Wants reports whether f waits for a page.
 func (f *Fetch) Wants(page int64) bool {
-	return page >= f.Page && page < f.End() && *f.word(page/wordPages)>>(page%wordPages)&1 != 0
+	return page >= f.Page && page < f.End() && *f.word(page / wordPages)>>(page%wordPages)&1 != 0
 }
 
 func (f *Fetch) word(w int64) *uint64 { return &f.want[w-f.Page/wordPages] }
