@@ -196,7 +196,7 @@ func (cc *clientConn) abandon(k *call) (answered bool, err error) {
 	// Its buffer is in a system call: only the end of the connection frees it.
 	cc.failLocked(errHalfWay)
 	cc.mu.Unlock()
-	_ = <-k.done // the loss that was just caused
+	<-k.done //nolint:errcheck // the loss that was just caused
 	return false, nil
 }
 

@@ -168,7 +168,7 @@ func (r *Region) sendDirty() error {
 	var wg sync.WaitGroup
 	var first error // guarded by mu
 	for page := int64(0); ; {
-		run, ok := r.nextPush(page, &first)
+		run, f, ok := r.nextPush(page, &first)
 		if !ok {
 			break
 		}
@@ -176,7 +176,7 @@ func (r *Region) sendDirty() error {
 		wg.Add(1)
 		r.spawn(func() {
 			defer wg.Done()
-			err := r.pushRun(run)
+			err := r.pushRun(run, &f)
 			if err != nil {
 				r.mu.Lock()
 				if first == nil {
@@ -193,22 +193,27 @@ func (r *Region) sendDirty() error {
 }
 
 // nextPush waits for room and picks the next pages to send.
-func (r *Region) nextPush(page int64, failed *error) (chunk.Run, bool) {
+func (r *Region) nextPush(page int64, failed *error) (chunk.Run, flight, bool) {
 	u := &r.push
 	for {
 		r.mu.Lock()
 		if *failed != nil || r.changed != nil || r.ctx.Err() != nil {
 			r.mu.Unlock()
-			return chunk.Run{}, false
+			return chunk.Run{}, flight{}, false
 		}
 		n := min(max(u.pace.window/windowParts, minFetch, min(r.o.ChunkSize, maxPush)), maxPush)
 		if u.requests < maxRequests && u.pace.room(n) {
 			run := r.table.BeginPush(page, n/pageSize)
+			var f flight
 			if run.N > 0 {
+				// Counted here, not where it is sent: what bounds memory must
+				// not lag behind.
+				_, length := r.span(run.Page, run.N)
+				f = u.pace.send(time.Now(), length)
 				u.requests++
 			}
 			r.mu.Unlock()
-			return run, run.N > 0
+			return run, f, run.N > 0
 		}
 		r.mu.Unlock()
 		select {
@@ -219,13 +224,10 @@ func (r *Region) nextPush(page int64, failed *error) (chunk.Run, bool) {
 }
 
 // pushRun sends one run of pages, which are marked as pushing.
-func (r *Region) pushRun(run chunk.Run) error {
+func (r *Region) pushRun(run chunk.Run, f *flight) error {
 	off, n := r.span(run.Page, run.N)
 	ctx, cancel := context.WithTimeout(memferry.WithClass(r.ctx, memferry.ClassBackground), r.o.IOTimeout)
 	defer cancel()
-	r.mu.Lock()
-	f := r.push.pace.send(time.Now(), n)
-	r.mu.Unlock()
 	err := r.sendRange(ctx, off, n)
 	if err != nil {
 		err = fmt.Errorf("push %d bytes at %d: %w", n, off, err)
@@ -234,12 +236,12 @@ func (r *Region) pushRun(run chunk.Run) error {
 	defer r.mu.Unlock()
 	r.table.EndPush(run, err == nil)
 	if err == nil {
-		r.push.pace.deliver(time.Now(), &f, n)
+		r.push.pace.deliver(time.Now(), f, n)
 		r.count.pushed += n
 	} else if r.ctx.Err() == nil {
 		r.errorLocked(ErrorPush, err)
 	}
-	r.push.pace.end(&f)
+	r.push.pace.end(f)
 	r.push.requests--
 	select {
 	case r.push.moved <- struct{}{}:

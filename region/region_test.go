@@ -140,7 +140,7 @@ func TestDemandPassesBackground(t *testing.T) {
 	p := make([]byte, 2*pageSize)
 	for _, off := range []int64{0, size / 2, 5*pageSize + 1, size - 100} {
 		n, err := r.ReadAtContext(deadline(t), p, off)
-		if err != nil && err != io.EOF || !bytes.Equal(p[:n], f.bytes()[off:off+int64(n)]) {
+		if err != nil && !errors.Is(err, io.EOF) || !bytes.Equal(p[:n], f.bytes()[off:off+int64(n)]) {
 			t.Fatalf("read at %d while the background hangs: %v", off, err)
 		}
 	}
