@@ -71,7 +71,7 @@ func TestLinkIsFilled(t *testing.T) {
 		rate float64
 		// overhead is how many round trips the pull may take beyond the time
 		// that its bytes take.
-		overhead time.Duration
+		overhead int
 	}{
 		{time.Millisecond, 1e9, 20},
 		{10 * time.Millisecond, 1e9, 10},
@@ -91,7 +91,7 @@ func TestLinkIsFilled(t *testing.T) {
 					t.Fatal(err)
 				}
 				took := time.Since(start)
-				most := seconds(size/c.rate)*12/10 + c.overhead*c.rtt
+				most := seconds(size/c.rate)*12/10 + time.Duration(c.overhead)*c.rtt
 				ws := waits()
 				slices.Sort(ws)
 				if len(ws) == 0 {

@@ -56,6 +56,9 @@ func (r *Region) ReadAtContext(ctx context.Context, p []byte, off int64) (int, e
 	if r.closed.Load() {
 		return 0, memferry.ErrClosed
 	}
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
 	n, eof := memferry.CheckRead(off, len(p), r.size)
 	if n == 0 {
 		return 0, eof

@@ -25,6 +25,9 @@ func (r *Region) WriteAtContext(ctx context.Context, p []byte, off int64) (int, 
 	if err := r.checkWrite("write", off, int64(len(p))); err != nil {
 		return 0, err
 	}
+	if err := ctx.Err(); err != nil {
+		return 0, err
+	}
 	w := newWait(ctx, r.o.IOTimeout)
 	for done := 0; done < len(p); {
 		q := p[done:min(len(p), done+maxWriteSpan)]
