@@ -103,7 +103,7 @@ func (a *app) rootCmd() *cobra.Command {
 	complete(root, "log-level", a.logs.level.allowed)
 	root.AddCommand(
 		a.serveCmd(), a.mountCmd(), a.umountCmd(), a.statusCmd(),
-		a.infoCmd(), a.copyCmd(),
+		a.lsCmd(), a.infoCmd(), a.copyCmd(),
 		a.doctorCmd(), a.demoCmd(), a.versionCmd(), a.manCmd(),
 	)
 	root.InitDefaultCompletionCmd(a.env.Args...)
