@@ -7,6 +7,7 @@ import (
 	"fmt"
 	"io"
 	"log/slog"
+	"net"
 	"net/http"
 	"strings"
 	"sync"
@@ -232,5 +233,35 @@ func TestAbout(t *testing.T) {
 	}
 	if err := about("/a", context.Canceled); err.Error() != "/a: context canceled" || !errors.Is(err, context.Canceled) {
 		t.Error(err)
+	}
+}
+
+func TestServerThatIsNotNBD(t *testing.T) {
+	l, err := net.Listen("tcp", "127.0.0.1:0")
+	if err != nil {
+		t.Fatal(err)
+	}
+	done := make(chan struct{})
+	go func() {
+		defer close(done)
+		for {
+			c, err := l.Accept()
+			if err != nil {
+				return
+			}
+			fmt.Fprint(c, "220 mail.example.org ESMTP ready, speak first\r\n")
+			c.Close()
+		}
+	}()
+	defer func() { l.Close(); <-done }()
+	for _, args := range [][]string{
+		{"ls", "nbd://" + l.Addr().String()},
+		{"mount", "--io-timeout", "2s", "nbd://" + l.Addr().String() + "/x", t.TempDir() + "/m"},
+	} {
+		var errs bytes.Buffer
+		status := Main(Env{Args: args, Stderr: &errs})
+		if status != exitFailed || strings.Count(errs.String(), "\n") != 1 || !strings.Contains(errs.String(), "not an NBD server") {
+			t.Errorf("%v: %d, %q", args, status, errs.String())
+		}
 	}
 }

@@ -77,8 +77,11 @@ func exportCan(f nbd.TransmissionFlags) []string {
 		flag nbd.TransmissionFlags
 		name string
 	}{
-		{nbd.FlagSendFlush, "flush"}, {nbd.FlagSendFUA, "fua"}, {nbd.FlagSendTrim, "trim"},
-		{nbd.FlagSendWriteZeroes, "write-zeroes"}, {nbd.FlagSendCache, "cache"},
+		{nbd.FlagSendFlush, "flush"},
+		{nbd.FlagSendFUA, "fua"},
+		{nbd.FlagSendTrim, "trim"},
+		{nbd.FlagSendWriteZeroes, "write-zeroes"},
+		{nbd.FlagSendCache, "cache"},
 	} {
 		if f.Has(a.flag) {
 			can = append(can, a.name)
