@@ -128,8 +128,13 @@ type Client struct {
 	stateMu sync.Mutex // held across OnState
 	told    bool       // what OnState was last told
 
-	unflushed atomic.Bool // writes were acknowledged since the last Sync
-	syncLost  atomic.Bool
+	// What Sync has to answer for. A connection that breaks while acked is
+	// ahead of flushed may take acknowledged writes with it: lost grows, and
+	// each Sync that finds it ahead of what reported was when it began fails.
+	acked    atomic.Int64 // writes acknowledged
+	flushed  atomic.Int64 // how many of them a FLUSH has covered
+	lost     atomic.Int64 // times that some may have been lost
+	reported atomic.Int64 // how many of those a Sync has returned
 
 	stats clientCounters
 }
@@ -368,8 +373,8 @@ func (c *Client) install(slot int, cc *clientConn) bool {
 
 // remove takes a broken connection away.
 func (c *Client) remove(slot int, cc *clientConn, err error) {
-	if c.unflushed.Load() {
-		c.syncLost.Store(true)
+	if c.acked.Load() > c.flushed.Load() {
+		c.lost.Add(1)
 	}
 	c.mu.Lock()
 	closing := c.ctx.Err() != nil

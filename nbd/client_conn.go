@@ -317,12 +317,22 @@ func (cc *clientConn) finish(k *call) error {
 	if err == nil && k.req.typ == cmdRead && k.got != int64(k.req.length) {
 		err = protocolErrorf("%d bytes for a read of %d", k.got, k.req.length)
 	}
+	if err == nil && k.req.modifies() {
+		// Here, and not where the caller wakes up: when the connection breaks
+		// it has to be known.
+		cc.c.acked.Add(1)
+	}
 	if k.unsent { // the caller may not have its buffer back yet
 		k.replied, k.result = true, err
 		return nil
 	}
 	k.done <- err
 	return nil
+}
+
+// modifies reports whether a FLUSH covers the request.
+func (r request) modifies() bool {
+	return r.typ == cmdWrite || r.typ == cmdTrim || r.typ == cmdWriteZeroes
 }
 
 func (cc *clientConn) simpleReply() error {

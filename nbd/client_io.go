@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"slices"
+	"sync/atomic"
 	"time"
 
 	"github.com/memferry/memferry"
@@ -53,7 +54,7 @@ func (c *Client) do(ctx context.Context, k *call) error {
 		}
 		// A flush on another connection would say nothing of what the server
 		// may have lost; a read that was streamed in part is its caller's.
-		if k.req.typ == cmdFlush && c.syncLost.Load() || k.sink != nil && k.got > 0 {
+		if k.req.typ == cmdFlush && c.lost.Load() > c.reported.Load() || k.sink != nil && k.got > 0 {
 			return err
 		}
 		c.stats.resent.Add(1)
@@ -396,8 +397,6 @@ func (c *Client) writeAligned(ctx context.Context, p []byte, off int64) error {
 
 // modify performs one request that changes data.
 func (c *Client) modify(ctx context.Context, req request, payload []byte) error {
-	// Before it is sent: it may be carried out though its answer is lost.
-	c.unflushed.Store(true)
 	return c.request(ctx, req, func(k *call) { k.payload = payload }, nil)
 }
 
@@ -407,25 +406,41 @@ func (c *Client) Sync() error {
 	if c.ctx.Err() != nil {
 		return memferry.ErrClosed
 	}
-	if c.syncLost.Swap(false) {
-		return fmt.Errorf("nbd: %s: %w", c.uri, ErrSyncLost)
+	seen := c.reported.Load()
+	if err := c.syncLost(seen); err != nil {
+		return err
 	}
 	if !c.info.Flags.Has(FlagSendFlush) {
 		return nil
 	}
-	// Writes that are acknowledged from here on are not covered.
-	before := c.unflushed.Swap(false)
+	covered := c.acked.Load()
 	err := c.request(context.Background(), request{typ: cmdFlush}, nil, nil)
-	lost := c.syncLost.Load()
-	if err != nil && before {
-		c.unflushed.Store(true)
-		lost = lost || errors.Is(err, errConnLost)
+	// Also after success: it may be that of a server that has restarted since
+	// the writes.
+	if lost := c.syncLost(seen); lost != nil {
+		return lost
 	}
-	if lost {
-		c.syncLost.Store(false)
-		return fmt.Errorf("nbd: %s: %w", c.uri, ErrSyncLost)
+	if err == nil {
+		raise(&c.flushed, covered)
 	}
 	return err
+}
+
+// syncLost returns ErrSyncLost if writes may have been lost that the first
+// seen reports did not tell of.
+func (c *Client) syncLost(seen int64) error {
+	lost := c.lost.Load()
+	if lost <= seen {
+		return nil
+	}
+	raise(&c.reported, lost)
+	return fmt.Errorf("nbd: %s: %w", c.uri, ErrSyncLost)
+}
+
+// raise makes a at least n.
+func raise(a *atomic.Int64, n int64) {
+	for old := a.Load(); old < n && !a.CompareAndSwap(old, n); old = a.Load() {
+	}
 }
 
 // Trim implements memferry.Trimmer. Blocks that are covered in part stay.

@@ -291,6 +291,107 @@ func TestClientSyncLost(t *testing.T) {
 	}
 }
 
+// gated is a backend whose calls wait: each announces itself, then takes a
+// token.
+type gated struct {
+	memferry.Backend
+	write, sync gate
+}
+
+type gate struct{ entered, leave chan struct{} }
+
+func newGate() gate { return gate{make(chan struct{}, 16), make(chan struct{}, 16)} }
+
+func (g gate) pass() {
+	g.entered <- struct{}{}
+	<-g.leave
+}
+
+func (g *gated) WriteAt(p []byte, off int64) (int, error) {
+	g.write.pass()
+	return g.Backend.WriteAt(p, off)
+}
+
+func (g *gated) Sync() error {
+	g.sync.pass()
+	return g.Backend.Sync()
+}
+
+// reconnected resets the connections of c and waits until it has noticed.
+func reconnected(t *testing.T, c *Client, p *netsim.Proxy) {
+	t.Helper()
+	before := c.Stats().Reconnects
+	p.Reset()
+	for deadline := time.Now().Add(hang); c.Stats().Reconnects == before; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the reset went unnoticed")
+		}
+	}
+}
+
+// A flush that is repeated on a new connection succeeds, but says nothing of
+// writes that the server acknowledged on the old one. Every Sync under way has
+// to learn of it, not just the first.
+func TestClientSyncLostDuringSync(t *testing.T) {
+	g := &gated{Backend: newMem(t, 1<<20), write: newGate(), sync: newGate()}
+	c, p := linked(t, g, ClientOptions{Connections: 1})
+	g.write.leave <- struct{}{}
+	if _, err := c.WriteAt([]byte("x"), 0); err != nil {
+		t.Fatal(err)
+	}
+	errs := make(chan error, 2)
+	for range cap(errs) {
+		go func() { errs <- c.Sync() }()
+	}
+	for deadline := time.Now().Add(hang); c.Stats().InFlight < cap(errs); time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the flushes are not under way")
+		}
+	}
+	<-g.sync.entered
+	reconnected(t, c, p)
+	close(g.sync.leave)
+	for range cap(errs) {
+		if err := <-errs; !errors.Is(err, ErrSyncLost) {
+			t.Errorf("Sync during which the connection broke: %v, want ErrSyncLost", err)
+		}
+	}
+	if err := c.Sync(); err != nil {
+		t.Errorf("Sync after the loss was reported: %v", err)
+	}
+}
+
+// A write that is acknowledged after a flush is not covered by it, however
+// early it was sent.
+func TestClientSyncLostLateWrite(t *testing.T) {
+	g := &gated{Backend: newMem(t, 1<<20), write: newGate(), sync: newGate()}
+	c, p := linked(t, g, ClientOptions{Connections: 2})
+	for deadline := time.Now().Add(hang); c.Stats().Connections < 2; time.Sleep(time.Millisecond) {
+		if time.Now().After(deadline) {
+			t.Fatal("the second connection does not come up")
+		}
+	}
+	wrote := make(chan error, 1)
+	go func() {
+		_, err := c.WriteAtContext(memferry.WithClass(t.Context(), memferry.ClassBackground), []byte("x"), 0)
+		wrote <- err
+	}()
+	<-g.write.entered
+	g.sync.leave <- struct{}{}
+	if err := c.Sync(); err != nil {
+		t.Fatalf("Sync: %v", err)
+	}
+	g.write.leave <- struct{}{}
+	if err := <-wrote; err != nil {
+		t.Fatal(err)
+	}
+	reconnected(t, c, p)
+	close(g.sync.leave)
+	if err := c.Sync(); !errors.Is(err, ErrSyncLost) {
+		t.Errorf("Sync after the connection of a write broke: %v, want ErrSyncLost", err)
+	}
+}
+
 // In a longer outage a request fails in time; when the link is back it works.
 func TestClientTimeout(t *testing.T) {
 	c, p := linked(t, newMem(t, 1<<20), ClientOptions{IOTimeout: 300 * time.Millisecond, HandshakeTimeout: 200 * time.Millisecond})
