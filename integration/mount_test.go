@@ -186,7 +186,7 @@ func TestMountFio(t *testing.T) {
 			args := []string{
 				"--name=verify", "--ioengine=" + engine, "--filename=" + m.path, "--rw=randrw", "--bsrange=4k-128k",
 				"--blockalign=4k", "--size=96M", "--io_size=48M", "--iodepth=16", "--fsync=64", "--verify=crc32c", "--do_verify=1",
-				"--verify_fatal=1", "--allow_file_create=0", "--overwrite=1",
+				"--verify_fatal=1", "--verify_state_save=0", "--allow_file_create=0", "--overwrite=1",
 			}
 			if engine == "libaio" {
 				args = append(args, "--direct=1")
