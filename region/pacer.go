@@ -3,9 +3,10 @@ package region
 import "time"
 
 const (
-	minWindow   = 256 << 10 // bytes in flight that any link is given
-	maxWindow   = 256 << 20 // enough for 1 GB/s at 200 ms
-	startWindow = 4 << 20   // doubles every round trip until the link is full
+	minWindow     = 256 << 10 // bytes in flight that any link is given
+	maxWindow     = 256 << 20 // enough for 1 GB/s at 200 ms
+	minPushWindow = 8 << 20   // demand fetches do not travel the same way as pushes
+	startWindow   = 4 << 20   // doubles every round trip until the link is full
 
 	pacerRounds = 10               // round trips that the rate is remembered for
 	rttMemory   = 10 * time.Second // how long the smallest round trip is believed
@@ -34,7 +35,8 @@ const (
 // It is pure: time is passed in, and its owner's lock guards it.
 type pacer struct {
 	window   int64
-	limit    int64 // upper bound of window
+	floor    int64 // bounds of window
+	limit    int64
 	inFlight int64
 
 	delivered   int64 // bytes, ever
@@ -64,9 +66,8 @@ type flight struct {
 	answered    bool
 }
 
-func newPacer(limit int64) *pacer {
-	limit = min(maxWindow, max(limit, minWindow))
-	return &pacer{window: min(startWindow, limit), limit: limit}
+func newPacer(floor, limit int64) *pacer {
+	return &pacer{window: max(startWindow, floor), floor: floor, limit: limit}
 }
 
 // room reports whether n bytes more may be sent. One request always may.
@@ -186,7 +187,7 @@ func (p *pacer) resize(now time.Time, n int64) {
 		slack := max(pacerQuantumTime, p.rtt/10)
 		p.window = int64(gain*p.bdp() + min(pacerQuantum, p.rate()*slack.Seconds()))
 	}
-	p.window = min(max(p.window, minWindow), p.limit)
+	p.window = min(max(p.window, p.floor), p.limit)
 }
 
 // due estimates when n bytes that are sent now will have arrived; false where

@@ -23,8 +23,11 @@ const (
 	// minFetch is the smallest background request worth its overhead, and
 	// windowParts into how many the window is divided: enough for pieces to
 	// arrive steadily.
-	minFetch    = 64 << 10
+	minFetch = 64 << 10
+	// They are never fewer than minParts: one at a time would never find out
+	// that the link carries more.
 	windowParts = 16
+	minParts    = 4
 
 	// maxBuffered bounds the memory of background pulls from a remote that
 	// can't stream.
@@ -66,7 +69,7 @@ func (r *Region) initPull() {
 		limit = maxBuffered
 	}
 	r.pull = puller{
-		pace: newPacer(limit), limit: limiter(r.o.Rate), wake: make(chan struct{}, 1),
+		pace: newPacer(minWindow, limit), limit: limiter(r.o.Rate), wake: make(chan struct{}, 1),
 		full: r.o.Pull == PullFull, mapped: r.pages,
 	}
 	if r.remote.can.Extenter != nil && r.o.Pull != PullNone {
@@ -97,10 +100,11 @@ func (u *puller) failedLocked(now time.Time) {
 
 func (u *puller) recoveredLocked() { u.pause, u.hold = 0, time.Time{} }
 
-// requestPages returns how long the next request should be.
-func (u *puller) requestPages(chunkSize int64) int64 {
-	n := u.pace.window / windowParts
-	return min(max(n, minFetch, min(chunkSize, maxFetch)), maxFetch) / pageSize
+// requestBytes returns how long the next request of a pacer's should be: a
+// chunk, but so that several are in flight, and not too many.
+func requestBytes(p *pacer, chunkSize int64) int64 {
+	n := min(max(chunkSize, p.window/windowParts), p.window/minParts)
+	return min(max(n&^(pageSize-1), minFetch), maxFetch)
 }
 
 // pullLoop sends background requests for as long as the region lives.
@@ -154,7 +158,7 @@ func (r *Region) pullOneLocked(now time.Time) (more bool, wait time.Duration) {
 	if !r.up && u.requests > 0 {
 		return false, 0 // one request tells whether it is back
 	}
-	limit := u.requestPages(r.o.ChunkSize)
+	limit := requestBytes(u.pace, r.o.ChunkSize) / pageSize
 	if !u.pace.room(limit * pageSize) {
 		return false, 0
 	}

@@ -12,11 +12,6 @@ import (
 )
 
 const (
-	// maxPush bounds one request that carries data, maxPushZero one that asks
-	// for zeroes.
-	maxPush     = 1 << 20
-	maxPushZero = 64 << 20
-
 	minPushPause = 100 * time.Millisecond
 	maxPushPause = 5 * time.Second
 )
@@ -41,7 +36,7 @@ func (r *Region) initPush() {
 	if r.local.can.Viewer == nil {
 		limit = maxBuffered
 	}
-	r.push = pusher{pace: newPacer(limit), wake: make(chan struct{}, 1), moved: make(chan struct{}, 1)}
+	r.push = pusher{pace: newPacer(minPushWindow, limit), wake: make(chan struct{}, 1), moved: make(chan struct{}, 1)}
 	if r.table.Counts().Dirty > 0 {
 		r.push.wrote(time.Now())
 	}
@@ -201,7 +196,7 @@ func (r *Region) nextPush(page int64, failed *error) (chunk.Run, flight, bool) {
 			r.mu.Unlock()
 			return chunk.Run{}, flight{}, false
 		}
-		n := min(max(u.pace.window/windowParts, minFetch, min(r.o.ChunkSize, maxPush)), maxPush)
+		n := requestBytes(u.pace, r.o.ChunkSize)
 		if u.requests < maxRequests && u.pace.room(n) {
 			run := r.table.BeginPush(page, n/pageSize)
 			var f flight
