@@ -25,6 +25,7 @@ type pusher struct {
 
 	firstDirty time.Time // oldest write that no round has begun to push
 	lastWrite  time.Time
+	synced     bool         // the remote was synced once: what a crash left unsynced there is safe
 	callers    []chan error // of Push, until a round that began after them ends
 
 	pause time.Duration // after failures
@@ -314,7 +315,7 @@ func (r *Region) sendCopy(ctx context.Context, off, n int64) error {
 // it is, all of it has to be pushed again.
 func (r *Region) syncRemote() error {
 	r.mu.Lock()
-	need := r.table.Counts().Unsynced > 0
+	need := r.table.Counts().Unsynced > 0 || !r.push.synced
 	r.mu.Unlock()
 	if !need {
 		return nil
@@ -324,6 +325,7 @@ func (r *Region) syncRemote() error {
 	defer r.mu.Unlock()
 	r.table.Synced(err == nil)
 	if err == nil {
+		r.push.synced = true
 		r.kickCommit()
 		return nil
 	}
