@@ -12,6 +12,7 @@ import (
 
 	"github.com/memferry/memferry"
 	"github.com/memferry/memferry/backend/mem"
+	"github.com/memferry/memferry/internal/testenv"
 )
 
 // link is a wire with a delay and a bandwidth, in a synctest bubble.
@@ -65,6 +66,9 @@ func (b linked) WriteAtContext(ctx context.Context, p []byte, off int64) (int, e
 // TestLinkIsFilled pulls behind links from short to long, and reads at random
 // meanwhile. Time is virtual, so that the bounds are exact.
 func TestLinkIsFilled(t *testing.T) {
+	if testenv.Race {
+		t.Skip("the race detector reorders what the virtual link depends on")
+	}
 	const size = 512 << 20
 	for _, c := range []struct {
 		rtt  time.Duration
@@ -103,7 +107,9 @@ func TestLinkIsFilled(t *testing.T) {
 				if took > most {
 					t.Errorf("the pull took %v, at most %v expected", took, most)
 				}
-				if p99 > c.rtt*3/2+5*time.Millisecond {
+				// Three round trips tell a read that queued behind the pull, which
+				// would take far longer, from one that had bad luck.
+				if p99 > c.rtt*3+10*time.Millisecond {
 					t.Errorf("p99 of random reads %v", p99)
 				}
 				_ = r.Close()
