@@ -186,6 +186,9 @@ func (u *URI) setHost(p *url.URL, params map[string]string) error {
 	// The standard leaves a missing authority to the client (doc/uri.md, "NBD
 	// URI authority"): it means this host.
 	u.Host, u.Port = p.Hostname(), DefaultPort
+	if strings.Contains(u.Host, "%") && !strings.Contains(u.Host, ":") {
+		return fmt.Errorf("host %q: a percent sign belongs only before the zone of an IPv6 address", u.Host)
+	}
 	if u.Host == "" {
 		u.Host = "localhost"
 	}
