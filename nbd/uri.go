@@ -4,10 +4,12 @@ import (
 	"errors"
 	"fmt"
 	"net"
+	"net/netip"
 	"net/url"
 	"sort"
 	"strconv"
 	"strings"
+	"unicode"
 
 	"github.com/memferry/memferry"
 )
@@ -189,6 +191,9 @@ func (u *URI) setHost(p *url.URL, params map[string]string) error {
 	if strings.Contains(u.Host, "%") && !strings.Contains(u.Host, ":") {
 		return fmt.Errorf("host %q: a percent sign belongs only before the zone of an IPv6 address", u.Host)
 	}
+	if strings.ContainsFunc(u.Host, notInHost) || strings.Contains(u.Host, ":") && !isIPv6(u.Host) {
+		return fmt.Errorf("host %q: not a host name, an address, or an address with a zone", u.Host)
+	}
 	if u.Host == "" {
 		u.Host = "localhost"
 	}
@@ -246,6 +251,18 @@ func (u URI) String() string {
 		b.WriteString(strings.Join(query, "&"))
 	}
 	return b.String()
+}
+
+// isIPv6 reports whether s is an IPv6 address, with or without a zone.
+func isIPv6(s string) bool {
+	a, err := netip.ParseAddr(s)
+	return err == nil && a.Is6() && !strings.Contains(a.Zone(), "%")
+}
+
+// notInHost reports whether r can't be part of a host name, of an address, or
+// of a zone, which is the name of a network interface.
+func notInHost(r rune) bool {
+	return r > unicode.MaxASCII || !unicode.IsLetter(r) && !unicode.IsDigit(r) && !strings.ContainsRune("-._~:%@", r)
 }
 
 func hostPort(host string, port int) string {
