@@ -460,8 +460,5 @@ func (c *Client) pick(class memferry.Class, n int64) (*clientConn, <-chan struct
 			best = cc
 		}
 	}
-	if best == nil {
-		best = c.conns[0]
-	}
 	return best, c.changed, nil
 }

@@ -153,7 +153,7 @@ func (h *clientHandshake) negotiate() error {
 	if err := h.metaContexts(optSetMetaContext); err != nil {
 		return err
 	}
-	err = h.goReplies()
+	err = h.infoReplies(optGo)
 	if errors.Is(err, memferry.ErrNotSupported) {
 		return h.exportName(nil)
 	}
@@ -287,9 +287,7 @@ func (h *clientHandshake) metaContexts(option uint32) error {
 	return nil
 }
 
-// goReplies reads the replies to GO or INFO.
-func (h *clientHandshake) goReplies() error { return h.infoReplies(optGo) }
-
+// infoReplies reads the replies to GO or INFO.
 func (h *clientHandshake) infoReplies(option uint32) error {
 	seen := false
 	r, data, err := h.each(option, func(typ uint32, data []byte) error {

@@ -8,6 +8,7 @@ import (
 	"syscall"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/zero"
 )
 
 const (
@@ -112,23 +113,11 @@ func (c *serverConn) writeZeroes(rq request) error {
 	err := c.exp.caps.ZeroWriter.WriteZeroes(off, n, flags)
 	if flags&memferry.ZeroFast == 0 && errors.Is(err, memferry.ErrNotSupported) {
 		// WRITE_ZEROES without FAST_ZERO must not fail for being slow.
-		return c.writeZeroData(off, n)
+		return zero.Write(off, n, zeroPiece, func(p []byte, off int64) error {
+			return c.exp.writeAt(c.srv.ctx, p, off)
+		})
 	}
 	return err
-}
-
-var zeroes = sync.OnceValue(func() []byte { return make([]byte, zeroPiece) })
-
-func (c *serverConn) writeZeroData(off, n int64) error {
-	for n > 0 {
-		p := zeroes()[:min(n, zeroPiece)]
-		if err := c.exp.writeAt(c.srv.ctx, p, off); err != nil {
-			return err
-		}
-		off += int64(len(p))
-		n -= int64(len(p))
-	}
-	return nil
 }
 
 // read serves READ. The data, all of it, is there before the reply begins, so

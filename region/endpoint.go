@@ -6,10 +6,10 @@ import (
 	"fmt"
 	"io"
 	"net"
-	"sync"
 	"syscall"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/zero"
 )
 
 // endpoint is a backend with its capabilities, asked for once.
@@ -22,12 +22,6 @@ func newEndpoint(b memferry.Backend) endpoint {
 	return endpoint{b, memferry.CapabilitiesOf(b)}
 }
 
-// zeroPiece bounds the buffer that zeroes are written from where a backend
-// can't be told to write them.
-const zeroPiece = 1 << 20
-
-var zeroes = sync.OnceValue(func() []byte { return make([]byte, zeroPiece) })
-
 // zero makes a range read as zero, by the cheapest way there is.
 func (e endpoint) zero(ctx context.Context, off, n int64, flags memferry.ZeroFlags) error {
 	if e.can.ZeroWriter != nil {
@@ -36,15 +30,10 @@ func (e endpoint) zero(ctx context.Context, off, n int64, flags memferry.ZeroFla
 			return err
 		}
 	}
-	for n > 0 {
-		p := zeroes()[:min(n, zeroPiece)]
-		if _, err := e.write(ctx, p, off); err != nil {
-			return err
-		}
-		off += int64(len(p))
-		n -= int64(len(p))
-	}
-	return nil
+	return zero.Write(off, n, zero.MaxPiece, func(p []byte, off int64) error {
+		_, err := e.write(ctx, p, off)
+		return err
+	})
 }
 
 func (e endpoint) write(ctx context.Context, p []byte, off int64) (int, error) {

@@ -22,6 +22,7 @@ import (
 	"golang.org/x/sync/errgroup"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/extent"
 	"github.com/memferry/memferry/internal/gate"
 )
 
@@ -398,35 +399,25 @@ func (b *Backend) Extents(ctx context.Context, off, n int64) ([]memferry.Extent,
 }
 
 func (b *Backend) extents(ctx context.Context, off, end int64) ([]memferry.Extent, error) {
-	const hole = memferry.ExtentHole | memferry.ExtentZero
-	var extents []memferry.Extent
-	add := func(to int64, flags memferry.ExtentFlags) {
-		to = min(to, end)
-		if i := len(extents) - 1; i >= 0 && extents[i].Flags == flags {
-			extents[i].Len += to - off
-		} else if to > off {
-			extents = append(extents, memferry.Extent{Off: off, Len: to - off, Flags: flags})
-		}
-		off = max(off, to)
-	}
+	l := extent.New(off, end)
 	last := (end-1)/b.chunk + 1
 	// Each round adds two at most.
-	for probes := 0; off < end && probes < maxProbes && len(extents) < memferry.MaxExtents-1; probes++ {
-		index := off / b.chunk
+	for probes := 0; l.Next() < end && probes < maxProbes && len(l.Extents) < memferry.MaxExtents-1; probes++ {
+		index := l.Next() / b.chunk
 		next, found, err := b.finder.Find(ctx, index, last)
 		if err != nil {
 			return nil, fmt.Errorf("find chunks from %d on: %w", index, err)
 		}
 		if next > index {
-			add(b.start(next), hole)
+			l.Add(b.start(next), extent.Hole)
 		}
 		if found {
-			add(b.start(next+1), 0)
+			l.Add(b.start(next+1), 0)
 		} else if next <= index {
 			return nil, fmt.Errorf("find chunks from %d on: no progress: %w", index, memferry.ErrCorrupt)
 		}
 	}
-	return extents, nil
+	return l.Extents, nil
 }
 
 // start returns where chunk index starts, or the end.

@@ -12,6 +12,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/extent"
 )
 
 const (
@@ -251,43 +252,33 @@ func (b *Backend) Extents(ctx context.Context, off, n int64) ([]memferry.Extent,
 }
 
 func extentsOf(ctx context.Context, fd int, off, end int64) ([]memferry.Extent, error) {
-	const hole = memferry.ExtentHole | memferry.ExtentZero
-	var extents []memferry.Extent
-	add := func(to int64, flags memferry.ExtentFlags) {
-		to = min(to, end)
-		if i := len(extents) - 1; i >= 0 && extents[i].Flags == flags {
-			extents[i].Len += to - off
-		} else if to > off {
-			extents = append(extents, memferry.Extent{Off: off, Len: to - off, Flags: flags})
-		}
-		off = max(off, to)
-	}
+	l := extent.New(off, end)
 	// Each round adds two at most.
-	for off < end && len(extents) < memferry.MaxExtents-1 {
+	for l.Next() < end && len(l.Extents) < memferry.MaxExtents-1 {
 		if err := ctx.Err(); err != nil {
 			return nil, err
 		}
-		data, err := unix.Seek(fd, off, unix.SEEK_DATA)
+		data, err := unix.Seek(fd, l.Next(), unix.SEEK_DATA)
 		if err == unix.ENXIO { // a hole up to the end
-			add(end, hole)
+			l.Add(end, extent.Hole)
 			break
 		}
 		if err != nil {
 			return nil, err
 		}
-		add(data, hole)
-		if off >= end {
+		l.Add(data, extent.Hole)
+		if l.Next() >= end {
 			break
 		}
-		next, err := unix.Seek(fd, off, unix.SEEK_HOLE)
+		next, err := unix.Seek(fd, l.Next(), unix.SEEK_HOLE)
 		if err == unix.ENXIO { // cut off meanwhile
 			next = end
 		} else if err != nil {
 			return nil, err
 		}
-		if next > off {
-			add(next, 0)
+		if next > l.Next() {
+			l.Add(next, 0)
 		}
 	}
-	return extents, nil
+	return l.Extents, nil
 }

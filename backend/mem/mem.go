@@ -41,6 +41,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/extent"
 	"github.com/memferry/memferry/internal/gate"
 	"github.com/memferry/memferry/internal/size"
 )
@@ -358,22 +359,17 @@ func (b *Backend) Extents(_ context.Context, off, n int64) ([]memferry.Extent, e
 	if n == 0 {
 		return nil, fmt.Errorf("mem: extents of 0 bytes at %d: %w", off, memferry.ErrOutOfRange)
 	}
-	var extents []memferry.Extent
-	for n > 0 && len(extents) < memferry.MaxExtents {
-		run, data := b.run(off, n)
-		e := memferry.Extent{Off: off, Len: run}
-		if !data {
-			e.Flags = memferry.ExtentHole | memferry.ExtentZero
+	end := off + n
+	l := extent.New(off, end)
+	for l.Next() < end && len(l.Extents) < memferry.MaxExtents {
+		run, data := b.run(l.Next(), end-l.Next())
+		flags := extent.Hole
+		if data {
+			flags = 0
 		}
-		// Bits may change between two calls of run.
-		if i := len(extents) - 1; i >= 0 && extents[i].Flags == e.Flags {
-			extents[i].Len += run
-		} else {
-			extents = append(extents, e)
-		}
-		off, n = off+run, n-run
+		l.Add(l.Next()+run, flags) // joins: bits may change between two calls of run
 	}
-	return extents, nil
+	return l.Extents, nil
 }
 
 // Generation returns a tag of this object and the number of its changes.

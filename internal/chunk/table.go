@@ -558,16 +558,22 @@ func (t *Table) Intents(page, n int64, dst []Run) []Run {
 	return dst
 }
 
+// unclaim ends what BeginWrite did to the pages of mask k in word w.
+func (t *Table) unclaim(w int64, k uint64) *slot {
+	s := t.slots[w]
+	s.writers--
+	claim := s.writing & k
+	s.writing &^= claim
+	t.writing -= int64(bits.OnesCount64(claim))
+	return s
+}
+
 // EndWrite ends BeginWrite: the pages are present and dirty. If ok is false
 // those that were absent are so again, and the others dirty, since their bytes
 // may have changed.
 func (t *Table) EndWrite(page, n int64, ok bool) {
 	each(page, n, func(w int64, k uint64) bool {
-		s := t.slots[w]
-		s.writers--
-		claim := s.writing & k
-		s.writing &^= claim
-		t.writing -= int64(bits.OnesCount64(claim))
+		s := t.unclaim(w, k)
 		if !ok {
 			k &= t.present.word(w)
 		}
@@ -586,11 +592,7 @@ func (t *Table) EndWrite(page, n int64, ok bool) {
 // AbortWrite ends BeginWrite where no byte was changed.
 func (t *Table) AbortWrite(page, n int64) {
 	each(page, n, func(w int64, k uint64) bool {
-		s := t.slots[w]
-		s.writers--
-		claim := s.writing & k
-		s.writing &^= claim
-		t.writing -= int64(bits.OnesCount64(claim))
+		s := t.unclaim(w, k)
 		t.refetch(w, s)
 		t.release(w, s)
 		return true

@@ -13,6 +13,7 @@ import (
 
 	"github.com/memferry/memferry"
 	"github.com/memferry/memferry/internal/size"
+	"github.com/memferry/memferry/internal/zero"
 )
 
 // Limits of a copy.
@@ -270,27 +271,13 @@ func (c *copier) zero(ctx context.Context, s span) error {
 			err = c.dstC.ZeroWriter.WriteZeroes(s.off, s.n, 0)
 		}
 		if errors.Is(err, memferry.ErrNotSupported) {
-			err = c.writeZeroes(ctx, s)
+			err = zero.Write(s.off, s.n, c.piece, func(p []byte, off int64) error { return c.write(ctx, p, off) })
 		}
 		if err != nil {
 			return fmt.Errorf("zero the target at %d: %w", s.off, err)
 		}
 	}
 	c.zeroes.Add(s.n)
-	return nil
-}
-
-func (c *copier) writeZeroes(ctx context.Context, s span) error {
-	buf := c.buffers.Get().(*[]byte)
-	defer c.buffers.Put(buf)
-	clear(*buf)
-	for s.n > 0 {
-		n := min(s.n, c.piece)
-		if err := c.write(ctx, (*buf)[:n], s.off); err != nil {
-			return err
-		}
-		s.off, s.n = s.off+n, s.n-n
-	}
 	return nil
 }
 

@@ -9,12 +9,12 @@ import (
 // the root and each other.
 func generic(dir string) bool {
 	return strings.HasPrefix(dir, "./internal/") &&
-		!within(dir[2:], "internal/cli/...", "internal/bench/...", "internal/lint/...", "internal/gotest/...", "internal/deps")
+		!within(dir[2:], "internal/cli/...", "internal/bench/...", "internal/lint/...", "internal/gotest/...")
 }
 
 // top are the packages that may import everything: the command, and what
 // drives the whole from outside.
-var top = []string{"cmd/...", "internal/cli/...", "internal/bench/...", "internal/deps", "integration/..."}
+var top = []string{"cmd/...", "internal/cli/...", "internal/bench/...", "integration/..."}
 
 // exceptions are imports beyond the rule, by importing directory.
 var exceptions = map[string][]string{
@@ -70,7 +70,7 @@ func TestNobodyImportsTheTop(t *testing.T) {
 }
 
 // testSupport are packages that exist for tests, whatever their files' names.
-var testSupport = []string{"backend/backendtest", "internal/testenv", "integration/...", "internal/deps"}
+var testSupport = []string{"backend/backendtest", "internal/testenv", "integration/..."}
 
 // owners says which packages may import a module, so that a dependency stays
 // behind one package. Modules that are not here are std or a mistake.
@@ -80,7 +80,6 @@ var owners = map[string][]string{
 	"github.com/vbauerster/mpb/v8":        {"internal/cli/..."},
 	"github.com/prometheus/client_golang": {"internal/cli/...", "internal/metrics"},
 	"github.com/hanwen/go-fuse/v2":        {"frontend/fuse/..."},
-	"github.com/RoaringBitmap/roaring/v2": {"internal/cache", "internal/chunk", "region"},
 	"github.com/cespare/xxhash/v2":        {"internal/cache", "internal/cli/...", "backend/dir"},
 	"golang.org/x/sync":                   {"./..."},
 	"golang.org/x/sys":                    {"./..."},
@@ -96,7 +95,7 @@ var owners = map[string][]string{
 // every other dependency has an owner. Tests may import what go.mod has.
 func TestModules(t *testing.T) {
 	for _, s := range sources(t) {
-		if s.test || s.dir == "internal/deps" {
+		if s.test {
 			continue
 		}
 		for _, i := range s.imports() {
