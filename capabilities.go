@@ -85,6 +85,24 @@ type Generationer interface {
 	Generation(ctx context.Context) (string, error)
 }
 
+// Fencer is implemented by remote backends whose requests may outlive the
+// process that made them: in the network, or in a server that has not noticed
+// its end. Each such backend makes its requests in the name of a session, by
+// which a later one can end them.
+type Fencer interface {
+	// Session is the name of this backend's session: constant, unlike that of
+	// any other, at most [MaxSession] printable bytes, and a secret, since
+	// whoever knows it can end the session.
+	Session() string
+	// Fence ends another session, which may have ended long ago. Once it has
+	// returned nil, no request of that session changes the content any more:
+	// each was carried out before, or never will be.
+	Fence(ctx context.Context, session string) error
+}
+
+// MaxSession bounds the name of a session, in bytes.
+const MaxSession = 48
+
 // ContextReader is implemented by backends whose reads can be abandoned.
 type ContextReader interface {
 	// ReadAtContext is ReadAt that returns early, with ctx's error, when ctx is
@@ -156,6 +174,7 @@ type Capabilities struct {
 	Extenter      Extenter
 	BatchReader   BatchReader
 	Generationer  Generationer
+	Fencer        Fencer
 	ContextReader ContextReader
 	ContextWriter ContextWriter
 	StreamReader  StreamReader
@@ -183,6 +202,7 @@ func CapabilitiesOf(b Backend) Capabilities {
 	c.Extenter, _ = b.(Extenter)
 	c.BatchReader, _ = b.(BatchReader)
 	c.Generationer, _ = b.(Generationer)
+	c.Fencer, _ = b.(Fencer)
 	c.ContextReader, _ = b.(ContextReader)
 	c.ContextWriter, _ = b.(ContextWriter)
 	c.StreamReader, _ = b.(StreamReader)

@@ -8,6 +8,7 @@ import (
 	"math/rand/v2"
 	"slices"
 	"sync"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -44,12 +45,31 @@ type fakeRemote struct {
 	holes    bool        // knows extents
 	tags     bool        // has generations
 	skew     bool        // pieces are out of order and not page-aligned
+	fences   bool        // can end other sessions
 	rnd      *rand.Rand
+
+	session  string
+	inFlight map[*lateWrite]struct{}
+	late     []*lateWrite // of sessions whose process was killed
+}
+
+// lateWrite is a write that may be carried out after the end of who made it.
+type lateWrite struct {
+	session string
+	off, n  int64
+	p       []byte // nil: zeroes
 }
 
 func newRemote(data []byte) *fakeRemote {
-	return &fakeRemote{data: data, synced: slices.Clone(data), busy: map[int64]string{}, closed: make(chan struct{}), piece: 64 << 10}
+	return &fakeRemote{
+		data: data, synced: slices.Clone(data), busy: map[int64]string{}, inFlight: map[*lateWrite]struct{}{},
+		closed: make(chan struct{}), piece: 64 << 10, session: newSession(),
+	}
 }
+
+var sessions atomic.Int64
+
+func newSession() string { return fmt.Sprint("session ", sessions.Add(1)) }
 
 func (f *fakeRemote) Capabilities() memferry.Capabilities {
 	c := memferry.Capabilities{ContextReader: f, ContextWriter: f, ZeroWriter: f}
@@ -62,7 +82,52 @@ func (f *fakeRemote) Capabilities() memferry.Capabilities {
 	if f.tags {
 		c.Generationer = f
 	}
+	if f.fences {
+		c.Fencer = f
+	}
 	return c
+}
+
+func (f *fakeRemote) Session() string { return f.session }
+
+// Fence carries some of the session's writes out, and drops the others.
+func (f *fakeRemote) Fence(ctx context.Context, session string) error {
+	if err := f.begin(ctx, op{kind: "fence"}); err != nil {
+		return err
+	}
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.landLocked(func(w *lateWrite) bool { return w.session == session })
+	return nil
+}
+
+// landLocked decides the fate of late writes: carried out or never.
+func (f *fakeRemote) landLocked(which func(*lateWrite) bool) {
+	f.late = slices.DeleteFunc(f.late, func(w *lateWrite) bool {
+		if !which(w) {
+			return false
+		}
+		if f.rnd == nil || f.rnd.IntN(2) == 0 {
+			f.applyLocked(w)
+		}
+		return true
+	})
+}
+
+// surprise carries out what nobody has fenced, right after something else.
+func (f *fakeRemote) surprise() {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	f.landLocked(func(*lateWrite) bool { return true })
+}
+
+func (f *fakeRemote) applyLocked(w *lateWrite) {
+	if w.p == nil {
+		clear(f.data[w.off : w.off+w.n])
+	} else {
+		copy(f.data[w.off:], w.p)
+	}
+	f.tag++
 }
 
 func (f *fakeRemote) begin(ctx context.Context, o op) error {
@@ -122,6 +187,7 @@ func (f *fakeRemote) ReadAtContext(ctx context.Context, p []byte, off int64) (in
 	if err := f.begin(ctx, op{"read", memferry.ClassOf(ctx), off, int64(len(p))}); err != nil {
 		return 0, err
 	}
+	defer f.surprise()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	n, err := memferry.CheckRead(off, len(p), f.Size())
@@ -189,18 +255,19 @@ func (f *fakeRemote) write(ctx context.Context, kind string, off, n int64, p []b
 	}
 	f.mark(off, n, kind)
 	defer f.unmark(off, n)
-	if err := f.begin(ctx, op{kind, memferry.ClassOf(ctx), off, n}); err != nil {
-		return err
-	}
+	w := &lateWrite{session: f.session, off: off, n: n, p: slices.Clone(p)}
+	f.mu.Lock()
+	f.inFlight[w] = struct{}{}
+	f.mu.Unlock()
+	defer f.surprise()
+	err := f.begin(ctx, op{kind, memferry.ClassOf(ctx), off, n})
 	f.mu.Lock()
 	defer f.mu.Unlock()
-	if p == nil {
-		clear(f.data[off : off+n])
-	} else {
-		copy(f.data[off:], p)
+	delete(f.inFlight, w)
+	if err == nil {
+		f.applyLocked(w)
 	}
-	f.tag++
-	return nil
+	return err
 }
 
 // mark notes that pages are being written, and that no two writes of one page
@@ -272,6 +339,7 @@ func (f *fakeRemote) Generation(ctx context.Context) (string, error) {
 	if err := f.begin(ctx, op{kind: "generation", class: memferry.ClassOf(ctx)}); err != nil {
 		return "", err
 	}
+	defer f.surprise()
 	f.mu.Lock()
 	defer f.mu.Unlock()
 	return fmt.Sprint("g", f.tag), nil
@@ -359,6 +427,7 @@ type fakeStore struct {
 	state   []PageState
 	gen     string
 	pushing bool
+	session string
 	dead    bool
 	failing bool
 	commits int
@@ -414,13 +483,26 @@ func (s *fakeStore) Commit(cs []Change) error {
 	return nil
 }
 
-func (s *fakeStore) Generation() string {
+func (s *fakeStore) Generation() (string, bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if s.pushing {
-		return ""
+	return s.gen, s.pushing
+}
+
+func (s *fakeStore) RemoteSession() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.session
+}
+
+func (s *fakeStore) SetRemoteSession(session string) error {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	if s.dead {
+		return errKilled
 	}
-	return s.gen
+	s.session = session
+	return nil
 }
 
 func (s *fakeStore) SetGeneration(gen string, pushing bool) error {

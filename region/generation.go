@@ -7,6 +7,7 @@ import (
 	"time"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/size"
 )
 
 const (
@@ -42,14 +43,18 @@ func (g *generation) check() {
 	}
 }
 
-// openGeneration compares the remote with what the cache was filled from.
+// openGeneration makes sure that nobody but us changes the remote any more, and
+// compares it with what the cache was filled from.
 func (r *Region) openGeneration(ctx context.Context) error {
 	r.gen.wake = make(chan struct{}, 1)
+	ctx, cancel := context.WithTimeout(ctx, r.o.IOTimeout)
+	defer cancel()
+	if err := r.fence(ctx); err != nil {
+		return err
+	}
 	if r.remote.can.Generationer == nil {
 		return nil
 	}
-	ctx, cancel := context.WithTimeout(ctx, r.o.IOTimeout)
-	defer cancel()
 	tag, err := r.remote.can.Generationer.Generation(ctx)
 	if err != nil && !errors.Is(err, memferry.ErrNotSupported) {
 		return fmt.Errorf("ask the remote for its generation: %w", err)
@@ -61,18 +66,43 @@ func (r *Region) openGeneration(ctx context.Context) error {
 	if r.o.Store == nil {
 		return nil
 	}
-	if known := r.o.Store.Generation(); known != "" && known != tag {
-		return changedError(known, tag, true)
+	// After a fence the tag that our own pushes have led to is the last one
+	// that they lead to.
+	if known, pushing := r.o.Store.Generation(); known != "" && known != tag && !pushing {
+		return r.changedError(known, tag)
 	}
-	return wrap("record the remote's generation", r.o.Store.SetGeneration(tag, r.table.Counts().Dirty > 0))
+	return wrap("record the remote's generation", r.o.Store.SetGeneration(tag, false))
 }
 
-func changedError(old, now string, cached bool) error {
-	remedy := "unmount and mount again to use its new content"
-	if cached {
-		remedy = "mount it with an empty --cache directory to use its new content"
+// fence ends the requests of the process that used the cache before, if they
+// may still be under way: one that is carried out after newer ones would bring
+// old bytes back, and one that is carried out after the generation was asked
+// for would pass for a change by somebody else. See
+// docs/adr/0004-write-fence.md.
+func (r *Region) fence(ctx context.Context) error {
+	f := r.remote.can.Fencer
+	if f == nil || r.o.Store == nil {
+		return nil
 	}
-	return fmt.Errorf("generation %q, was %q: %w; %s", now, old, memferry.ErrChanged, remedy)
+	session := f.Session()
+	if last := r.o.Store.RemoteSession(); last != "" && last != session {
+		if err := f.Fence(ctx, last); err != nil {
+			return fmt.Errorf("end the requests of the last mount: %w", err)
+		}
+	}
+	return wrap("record the session with the remote", r.o.Store.SetRemoteSession(session))
+}
+
+func (r *Region) changedError(old, now string) error {
+	if r.o.Store == nil {
+		return fmt.Errorf("the remote is no longer what was mounted (generation %s, now %s): %w; unmount and mount again", old, now, memferry.ErrChanged)
+	}
+	lost := ""
+	if c := r.table.Counts(); c.Dirty > 0 {
+		lost = fmt.Sprintf(" (it has up to %s that were not pushed)", size.Format(r.bytes(c.Dirty)))
+	}
+	return fmt.Errorf("the remote is no longer what was cached (generation %s, now %s): %w; choose another --cache directory, or delete this one%s",
+		old, now, memferry.ErrChanged, lost)
 }
 
 // setChangedLocked stops all use of the remote for good.
@@ -137,7 +167,7 @@ func (r *Region) checkGeneration() {
 		return // other requests notice an outage, and end it
 	}
 	if tag != "" && tag != known && !r.gen.own && r.gen.tag == known && r.changed == nil {
-		r.setChangedLocked(changedError(known, tag, r.o.Store != nil))
+		r.setChangedLocked(r.changedError(known, tag))
 	}
 }
 
@@ -163,9 +193,9 @@ func (r *Region) beginPushGeneration() error {
 		return err
 	}
 	if tag != "" && tag != known {
-		err := changedError(known, tag, r.o.Store != nil)
 		r.mu.Lock()
 		defer r.mu.Unlock()
+		err := r.changedError(known, tag)
 		r.setChangedLocked(err)
 		return err
 	}

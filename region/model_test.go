@@ -6,6 +6,7 @@ import (
 	"errors"
 	"fmt"
 	"io"
+	"maps"
 	"math/rand/v2"
 	"slices"
 	"sync"
@@ -50,7 +51,7 @@ func newWorld(t *testing.T, seed uint64) *world {
 	w.remote = newRemote(slices.Clone(w.want))
 	w.remote.rnd = rand.New(rand.NewPCG(seed, 8))
 	w.remote.holes, w.remote.tags = rnd.IntN(2) == 0, rnd.IntN(2) == 0
-	w.remote.skew = rnd.IntN(2) == 0
+	w.remote.skew, w.remote.fences = rnd.IntN(2) == 0, rnd.IntN(2) == 0
 	w.remote.piece = []int64{0, 1000, pageSize, 64 << 10}[rnd.IntN(4)]
 	w.local = newLocal(size)
 	w.local.holes = rnd.IntN(2) == 0
@@ -114,7 +115,7 @@ func (w *world) note(p int64) {
 }
 
 func (w *world) open() {
-	w.remote.closed, w.remote.once = make(chan struct{}), sync.Once{}
+	w.remote.closed, w.remote.once, w.remote.session = make(chan struct{}), sync.Once{}, newSession()
 	o := w.o
 	if w.store != nil {
 		o.Store = w.store
@@ -268,13 +269,20 @@ func (w *world) kill() {
 	w.local.mu.Lock()
 	w.remote.mu.Lock()
 	w.store.dead, w.local.dead = true, true
-	store := &fakeStore{state: slices.Clone(w.store.state), gen: w.store.gen, pushing: w.store.pushing}
+	store := &fakeStore{state: slices.Clone(w.store.state), gen: w.store.gen, pushing: w.store.pushing, session: w.store.session}
 	local := &fakeLocal{data: slices.Clone(w.local.data), holes: w.local.holes}
 	remote := newRemote(slices.Clone(w.remote.data))
 	remote.synced = slices.Clone(w.remote.synced)
 	remote.holes, remote.tags, remote.skew, remote.piece = w.remote.holes, w.remote.tags, w.remote.skew, w.remote.piece
 	remote.rnd, remote.tag, remote.hook = rand.New(rand.NewPCG(w.rnd.Uint64(), 8)), w.remote.tag, w.remote.hook
 	remote.loseSync = w.remote.loseSync
+	// What is under way stays so, where it can be fenced; elsewhere it is over
+	// before the next process begins.
+	remote.fences, remote.late = w.remote.fences, slices.Collect(maps.Keys(w.remote.inFlight))
+	slices.SortFunc(remote.late, func(a, b *lateWrite) int { return int(a.off - b.off) })
+	if !remote.fences {
+		remote.surprise()
+	}
 	_ = w.remote.Close()
 	w.remote.mu.Unlock()
 	w.local.mu.Unlock()
@@ -323,10 +331,11 @@ func (w *world) run(steps int) {
 
 func TestAgainstModel(t *testing.T) {
 	seed := uint64(testenv.Seed(t))
-	runs, steps := 150, 200
+	runs, steps := 300, 200
 	if testing.Short() {
-		runs = 20
+		runs = 50
 	}
+	t.Logf("%d steps, in %d regions with seeds from %d on", runs*steps, runs, seed)
 	for i := range runs {
 		s := seed + uint64(i)
 		if !t.Run(fmt.Sprintf("seed=%d", s), func(t *testing.T) {

@@ -17,8 +17,8 @@ const (
 
 // Store remembers, across restarts, which pages of the local backend can be
 // trusted. The region calls Load once, before anything else. Intend may be
-// called by many goroutines at once and while a Commit runs; calls of Commit
-// and SetGeneration do not overlap.
+// called by many goroutines at once and while a Commit runs; calls of Commit,
+// SetGeneration and SetRemoteSession do not overlap.
 //
 // The order that makes a crash harmless: data reaches the local medium (Sync
 // of the local backend) before Commit says that it is there, and Intend says
@@ -36,11 +36,16 @@ type Store interface {
 	// Commit makes the changes durable, all or none, in order.
 	Commit(changes []Change) error
 	// Generation is the remote's tag that the cache matches, "" if unknown.
-	Generation() string
-	// SetGeneration records that tag, durably. While pushing is set our own
-	// pushes may change the remote's tag, so that the next Open adopts
-	// whichever it finds.
-	SetGeneration(gen string, pushing bool) error
+	// pushing means that our own pushes may have changed the tag since.
+	Generation() (tag string, pushing bool)
+	// SetGeneration records both, durably.
+	SetGeneration(tag string, pushing bool) error
+	// RemoteSession is the session (see [memferry.Fencer]) in whose name the
+	// remote was last written to, "" if there is none.
+	RemoteSession() string
+	// SetRemoteSession records it, durably, before anything is written in its
+	// name.
+	SetRemoteSession(session string) error
 	// Close marks a clean shutdown and releases the store.
 	Close() error
 }

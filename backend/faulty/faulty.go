@@ -37,11 +37,12 @@ const (
 	Zero
 	Extents
 	Generation
+	Fence
 	kinds
 )
 
 func (k Kind) String() string {
-	names := [kinds]string{"read", "write", "sync", "trim", "zero", "extents", "generation"}
+	names := [kinds]string{"read", "write", "sync", "trim", "zero", "extents", "generation", "fence"}
 	if k < kinds {
 		return names[k]
 	}
@@ -158,6 +159,9 @@ func (f *Backend) capabilities() memferry.Capabilities {
 	if f.inner.Generationer != nil {
 		c.Generationer = f
 	}
+	if f.inner.Fencer != nil {
+		c.Fencer = f
+	}
 	return c
 }
 
@@ -204,7 +208,7 @@ func (f *Backend) apply(ctx context.Context, op Op, do func(ctx context.Context,
 		return 0, err
 	}
 	switch {
-	case fault.Lose && op.Kind != Read && op.Kind != Extents && op.Kind != Generation:
+	case fault.Lose && op.Kind != Read && op.Kind != Extents && op.Kind != Generation && op.Kind != Fence:
 		return int(op.Len), nil
 	case fault.Short > 0 && fault.Short < op.Len && (op.Kind == Read || op.Kind == Write):
 		if fault.Err == nil {
@@ -357,4 +361,22 @@ func (f *Backend) Generation(ctx context.Context) (string, error) {
 		return err
 	})
 	return g, err
+}
+
+// Session is that of the wrapped backend.
+func (f *Backend) Session() string {
+	if f.inner.Fencer == nil {
+		return ""
+	}
+	return f.inner.Fencer.Session()
+}
+
+// Fence ends another session, with faults.
+func (f *Backend) Fence(ctx context.Context, session string) error {
+	return f.simple(ctx, Op{Kind: Fence}, func(ctx context.Context) error {
+		if f.inner.Fencer == nil {
+			return fmt.Errorf("fence: %w", memferry.ErrNotSupported)
+		}
+		return f.inner.Fencer.Fence(ctx, session)
+	})
 }

@@ -48,8 +48,6 @@ type Identity struct {
 	URL string
 	// Size is the remote's, in bytes.
 	Size int64
-	// Generation is the remote's tag now, "" if it has none.
-	Generation string
 }
 
 // Options adjust a cache. The zero value works.
@@ -228,7 +226,7 @@ func (c *Cache) createIfNew(id Identity) error {
 	var random [8]byte
 	rand.Read(random[:]) //nolint:errcheck // never fails: crypto/rand
 	return createStore(osDir(c.dir), meta{
-		URL: id.URL, Size: id.Size, PageSize: memferry.PageSize, Generation: id.Generation,
+		URL: id.URL, Size: id.Size, PageSize: memferry.PageSize,
 		Cache: binary.LittleEndian.Uint64(random[:]), Journal: 1, Clean: true,
 	})
 }
@@ -306,30 +304,17 @@ func (c *Cache) load(id Identity, o Options) error {
 	if err := c.openData(id.Size); err != nil {
 		return c.damaged(err)
 	}
-	if err := s.beginSession(o.BootID); err != nil {
-		return err
-	}
-	if id.Generation != "" {
-		return s.setGeneration(id.Generation, false)
-	}
-	if s.meta.Pushing {
-		// Our pushes have changed the remote's tag to one that is not known:
-		// whichever the caller finds is right.
-		s.meta.Generation = ""
-	}
-	return nil
+	return s.beginSession(o.BootID)
 }
 
 // checkIdentity compares the remote with the one that the cache was made for.
+// Its generation is left to the region: it counts only once no earlier request
+// can change it.
 func (c *Cache) checkIdentity(id Identity) error {
 	m := &c.store.meta
 	if m.URL != id.URL || m.Size != id.Size {
 		return fmt.Errorf("it belongs to %s (%s), not to %s (%s): %w: choose another directory, or delete this one%s",
 			m.URL, size.Format(m.Size), id.URL, size.Format(id.Size), memferry.ErrChanged, c.unpushed())
-	}
-	if m.Generation != "" && id.Generation != "" && m.Generation != id.Generation && !m.Pushing {
-		return fmt.Errorf("%s is no longer what was cached (generation %s, now %s): %w: choose another directory, or delete this one%s",
-			id.URL, m.Generation, id.Generation, memferry.ErrChanged, c.unpushed())
 	}
 	return nil
 }
@@ -378,12 +363,18 @@ func (c *Cache) Intend(page, n int64) error { return c.store.intend(page, n) }
 func (c *Cache) Commit(changes []chunk.Change) error { return c.store.commit(changes) }
 
 // Generation is that of region.Store.
-func (c *Cache) Generation() string { return c.store.generation() }
+func (c *Cache) Generation() (tag string, pushing bool) { return c.store.generation() }
 
 // SetGeneration is that of region.Store.
 func (c *Cache) SetGeneration(gen string, pushing bool) error {
 	return c.store.setGeneration(gen, pushing)
 }
+
+// RemoteSession is that of region.Store.
+func (c *Cache) RemoteSession() string { return c.store.remoteSession() }
+
+// SetRemoteSession is that of region.Store.
+func (c *Cache) SetRemoteSession(session string) error { return c.store.setRemoteSession(session) }
 
 // Close makes everything durable, marks the cache as closed in order, and
 // releases it. It is idempotent.

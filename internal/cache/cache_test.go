@@ -22,7 +22,7 @@ import (
 var _ region.Store = (*Cache)(nil)
 
 func testIdentity() Identity {
-	return Identity{URL: "nbd://host/export", Size: 1<<20 + 5, Generation: "g1"}
+	return Identity{URL: "nbd://host/export", Size: 1<<20 + 5}
 }
 
 func mustOpen(t testing.TB, dir string, id Identity, o Options) *Cache {
@@ -134,36 +134,32 @@ func TestAnotherRemote(t *testing.T) {
 	other = testIdentity()
 	other.Size = 2 << 20
 	refused(t, dir, other, memferry.ErrChanged, "2 MiB")
-	other = testIdentity()
-	other.Generation = "g2"
-	refused(t, dir, other, memferry.ErrChanged, "g1", "g2")
 
 	c = mustOpen(t, dir, testIdentity(), Options{}) // nothing was harmed
 	if got := runs(t, c); got != "0+2 true\n" {
 		t.Errorf("kept %q", got)
 	}
-	if err := c.SetGeneration("g1", true); err != nil {
-		t.Fatal(err)
+}
+
+func TestRemembersTheRemote(t *testing.T) {
+	dir := t.TempDir()
+	c := mustOpen(t, dir, testIdentity(), Options{})
+	for _, pushing := range []bool{true, false} {
+		tag, session := fmt.Sprintf("tag %t", pushing), fmt.Sprintf("session %t", pushing)
+		if err := errors.Join(c.SetGeneration(tag, pushing), c.SetRemoteSession(session)); err != nil {
+			t.Fatal(err)
+		}
+		mustClose(t, c)
+		c = mustOpen(t, dir, testIdentity(), Options{})
+		if gotTag, got := c.Generation(); gotTag != tag || got != pushing {
+			t.Errorf("generation %q, %t; want %q, %t", gotTag, got, tag, pushing)
+		}
+		if got := c.RemoteSession(); got != session {
+			t.Errorf("session %q, want %q", got, session)
+		}
 	}
-	mustClose(t, c)
-	asked := testIdentity()
-	asked.Generation = ""
-	c = mustOpen(t, dir, asked, Options{})
-	if c.Generation() != "" {
-		t.Errorf("generation %q, though pushes have changed it", c.Generation())
-	}
-	mustClose(t, c)
-	c = mustOpen(t, dir, other, Options{}) // adopted, as we were pushing
-	if c.Generation() != "g2" {
-		t.Errorf("generation %q", c.Generation())
-	}
-	mustClose(t, c)
-	refused(t, dir, testIdentity(), memferry.ErrChanged)
-	unknown := testIdentity()
-	unknown.Generation = ""
-	c = mustOpen(t, dir, unknown, Options{})
-	if c.Generation() != "g2" {
-		t.Errorf("generation %q", c.Generation())
+	if err := c.SetRemoteSession(strings.Repeat("x", memferry.MaxSession+1)); err == nil {
+		t.Error("a name of any length is stored")
 	}
 }
 

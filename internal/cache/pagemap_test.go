@@ -175,6 +175,7 @@ func FuzzJournal(f *testing.F) {
 		{kind: kindIntent, payload: encodeIntent(nil, 3, 4)},
 		{kind: kindCommit, payload: encodeCommit(nil, nil)},
 		{kind: kindGeneration, payload: encodeGeneration(nil, "x", true)},
+		{kind: kindRemoteSession, payload: []byte("session")},
 		{kind: kindSeal},
 	} {
 		r.seq = uint64(i + 1)

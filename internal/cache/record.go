@@ -37,11 +37,12 @@ const (
 type kind uint8
 
 const (
-	kindSession    kind = iota + 1 // boot id: the cache was opened
-	kindIntent                     // page u64, n u64
-	kindCommit                     // uvarints: count, then page, n and state of each
-	kindGeneration                 // pushing u8, tag
-	kindSeal                       // nothing: the next journal goes on
+	kindSession       kind = iota + 1 // boot id: the cache was opened
+	kindIntent                        // page u64, n u64
+	kindCommit                        // uvarints: count, then page, n and state of each
+	kindGeneration                    // pushing u8, tag
+	kindSeal                          // nothing: the next journal goes on
+	kindRemoteSession                 // its name; not in a journal of a state of version 1
 )
 
 var castagnoli = crc32.MakeTable(crc32.Castagnoli)

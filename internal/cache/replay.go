@@ -88,6 +88,11 @@ func (r *replay) apply(rec record) error {
 			return err
 		}
 		r.meta.Generation, r.meta.Pushing = gen, pushing
+	case kindRemoteSession:
+		if len(rec.payload) > memferry.MaxSession {
+			return fmt.Errorf("session name of %d bytes", len(rec.payload))
+		}
+		r.meta.RemoteSession = string(rec.payload)
 	case kindSeal:
 		r.sealed = true
 	default:

@@ -16,10 +16,11 @@ import (
 //
 //	magic[8], version u32, JSON length u32, pages length u64, xxhash64 u64
 //
-// The checksum is that of the whole file with its own field zero.
+// The checksum is that of the whole file with its own field zero. Version 1 had
+// no session with the remote; it is read, and replaced at once.
 const (
 	stateMagic   = "MFCACHE\n"
-	stateVersion = 1
+	stateVersion = 2
 	stateHeader  = 32
 	// maxStateJSON bounds the JSON object, of which the URL is the largest.
 	maxStateJSON = 64 << 10
@@ -36,6 +37,11 @@ type meta struct {
 	Journal    uint64 `json:"journal"`           // number of the first one to replay
 	Boot       string `json:"boot"`              // boot id of the last session
 	Clean      bool   `json:"clean"`             // which was closed in order
+
+	// RemoteSession is the one in whose name the remote was last written to.
+	RemoteSession string `json:"remote_session,omitempty"`
+
+	version uint32 // of the file that this was read from
 }
 
 func (m *meta) pages() int64 { return (m.Size + memferry.PageSize - 1) / memferry.PageSize }
@@ -125,8 +131,9 @@ func decodeState(p []byte) (*meta, *pageMap, error) {
 	if len(p) < stateHeader || string(p[:8]) != stateMagic {
 		return nil, nil, errors.New("not a state file")
 	}
-	if v := binary.LittleEndian.Uint32(p[8:]); v != stateVersion {
-		return nil, nil, fmt.Errorf("format version %d, this program knows %d", v, stateVersion)
+	version := binary.LittleEndian.Uint32(p[8:])
+	if version < 1 || version > stateVersion {
+		return nil, nil, fmt.Errorf("format version %d, this program knows those up to %d", version, stateVersion)
 	}
 	nj, np := uint64(binary.LittleEndian.Uint32(p[12:])), binary.LittleEndian.Uint64(p[16:])
 	if nj > maxStateJSON || np != uint64(len(p)-stateHeader)-nj {
@@ -144,6 +151,7 @@ func decodeState(p []byte) (*meta, *pageMap, error) {
 	if err := json.Unmarshal(p[stateHeader:stateHeader+nj], &m); err != nil {
 		return nil, nil, err
 	}
+	m.version = version
 	if m.Size <= 0 || m.Size > MaxSize || m.PageSize != memferry.PageSize {
 		return nil, nil, fmt.Errorf("size %d, page size %d", m.Size, m.PageSize)
 	}

@@ -171,6 +171,8 @@ func loadStore(d fsys, boot string) (*store, error) {
 	s := &store{fs: d, meta: *m, pages: pages}
 	// behind: what an earlier session could not fsync may still be missing.
 	s.behind = len(numbers) > 1
+	// Nor may new records follow a state that says that there are none.
+	s.behind = s.behind || m.version < stateVersion
 	r := replay{meta: &s.meta, pages: pages, boot: boot, open: !m.Clean}
 	for _, n := range numbers {
 		id := journalID{m.Cache, n}
@@ -409,10 +411,28 @@ func (s *store) setGeneration(gen string, pushing bool) error {
 	})
 }
 
-func (s *store) generation() string {
+func (s *store) generation() (gen string, pushing bool) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	return s.meta.Generation
+	return s.meta.Generation, s.meta.Pushing
+}
+
+func (s *store) setRemoteSession(session string) error {
+	if len(session) > memferry.MaxSession {
+		return fmt.Errorf("session name of %d bytes, limit %d", len(session), memferry.MaxSession)
+	}
+	s.commitMu.Lock()
+	defer s.commitMu.Unlock()
+	if err := s.checkOpen(); err != nil {
+		return err
+	}
+	return s.record(kindRemoteSession, []byte(session), func() { s.meta.RemoteSession = session })
+}
+
+func (s *store) remoteSession() string {
+	s.mu.Lock()
+	defer s.mu.Unlock()
+	return s.meta.RemoteSession
 }
 
 func (s *store) checkOpen() error {

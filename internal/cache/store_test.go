@@ -213,8 +213,8 @@ func TestGeneration(t *testing.T) {
 			if err != nil {
 				t.Fatal(err)
 			}
-			if k.generation() != gen || k.meta.Pushing != pushing {
-				t.Errorf("loaded %q, %t; want %q, %t", k.generation(), k.meta.Pushing, gen, pushing)
+			if got, p := k.generation(); got != gen || p != pushing {
+				t.Errorf("loaded %q, %t; want %q, %t", got, p, gen, pushing)
 			}
 		}
 	}

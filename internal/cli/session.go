@@ -120,7 +120,7 @@ func (s *session) openRegion(ctx context.Context, remote memferry.Backend, o mou
 	ro := o.region
 	ro.ReadOnly = s.readOnly
 	ro.Logger = s.log
-	local, err := s.openLocal(ctx, remote, &ro)
+	local, err := s.openLocal(remote, &ro)
 	if err != nil {
 		return errors.Join(err, remote.Close())
 	}
@@ -132,11 +132,11 @@ func (s *session) openRegion(ctx context.Context, remote memferry.Backend, o mou
 	return nil
 }
 
-func (s *session) openLocal(ctx context.Context, remote memferry.Backend, ro *region.Options) (memferry.Backend, error) {
+func (s *session) openLocal(remote memferry.Backend, ro *region.Options) (memferry.Backend, error) {
 	if s.cacheDir == "" {
 		return file.NewMemfd("memferry", remote.Size())
 	}
-	return s.openCache(ctx, remote, ro)
+	return s.openCache(remote, ro)
 }
 
 // fileName is the file's name in a directory: what the user said, or the name
