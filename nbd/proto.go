@@ -148,6 +148,14 @@ const (
 	// client learns the tag from the name of the context that it selects. A
 	// block status in this context has one extent of status 0.
 	contextGeneration = "x-memferry:generation/"
+
+	// contextSession is followed by an id, which the connection bears once it
+	// has selected the context. Its block status is that of a generation.
+	contextSession = "x-memferry:session/"
+	// contextFence is followed by the beginning of ids. A query for it ends the
+	// connections that bear them; the answer, the same name, comes once their
+	// requests can't change the export any more. It can't be selected.
+	contextFence = "x-memferry:fence/"
 )
 
 // Limits that the protocol itself sets.

@@ -30,6 +30,7 @@ const (
 	DefaultHandshakeTimeout    = 10 * time.Second
 	DefaultRequestTimeout      = 30 * time.Second
 	DefaultWriteTimeout        = 30 * time.Second
+	DefaultFenceTimeout        = 5 * time.Second
 )
 
 // ServerOptions bound what clients can make a server do. Each limit is
@@ -64,6 +65,10 @@ type ServerOptions struct {
 	// WriteTimeout is how long a client may take to accept each MiB of
 	// replies.
 	WriteTimeout time.Duration
+	// FenceTimeout is how long a client that ends an earlier session waits for
+	// the requests of that one before it is told to ask again. The handshake
+	// timeout has to be longer.
+	FenceTimeout time.Duration
 	// Logger gets what clients do wrong and what backends fail at; nil: none.
 	Logger *slog.Logger
 }
@@ -81,6 +86,7 @@ func (o ServerOptions) withDefaults() ServerOptions {
 	def(&o.HandshakeTimeout, DefaultHandshakeTimeout)
 	def(&o.RequestTimeout, DefaultRequestTimeout)
 	def(&o.WriteTimeout, DefaultWriteTimeout)
+	def(&o.FenceTimeout, DefaultFenceTimeout)
 	// One piece of memory must be able to hold the largest request, and the
 	// protocol's reads with DF need 64 KiB at least.
 	o.MaxRequest = min(max(o.MaxRequest, maxUnfragmented), 1<<30)
@@ -319,6 +325,7 @@ func (s *Server) addConn(nc net.Conn) (*serverConn, error) {
 func (s *Server) removeConn(c *serverConn) {
 	s.mu.Lock()
 	defer s.mu.Unlock()
+	close(c.over)
 	delete(s.conns, c)
 	s.past.add(&c.counters)
 }

@@ -32,6 +32,7 @@ type serverConn struct {
 	structured bool
 	flags      TransmissionFlags
 	contexts   []metaContext
+	session    string // the id that the client gave the connection
 
 	current atomic.Pointer[export] // exp, for Server.Remove
 
@@ -46,11 +47,14 @@ type serverConn struct {
 	idle     bool // the reader waits for the first byte of a request
 	draining bool
 
+	fenced atomic.Bool   // no further request may be served
+	over   chan struct{} // closed when none is being served
+
 	counters counters
 }
 
 func newServerConn(s *Server, nc net.Conn) *serverConn {
-	c := &serverConn{srv: s, nc: nc, in: newStream(nc, 0), slots: make(chan struct{}, s.opt.MaxInFlight)}
+	c := &serverConn{srv: s, nc: nc, in: newStream(nc, 0), slots: make(chan struct{}, s.opt.MaxInFlight), over: make(chan struct{})}
 	c.ctx, c.cancel = context.WithCancel(s.ctx)
 	c.out = newReplies(nc, s.opt.WriteTimeout, c.released)
 	return c
@@ -124,6 +128,9 @@ func (c *serverConn) transmit() error {
 		rq, err := c.next()
 		if err != nil {
 			return err
+		}
+		if c.fenced.Load() {
+			return errFenced
 		}
 		if int(rq.typ) < len(c.counters.commands) {
 			c.counters.commands[rq.typ].Add(1)

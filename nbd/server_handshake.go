@@ -38,6 +38,8 @@ type metaKind uint8
 const (
 	metaAllocation metaKind = iota
 	metaGeneration
+	metaSession
+	metaFence
 )
 
 // negotiate runs the handshake. It returns nil when the client has chosen an
@@ -185,6 +187,7 @@ func (h *handshake) enter(x *export) {
 	// Contexts of another export than the one chosen count as not selected.
 	if h.metaExport == x {
 		c.contexts = h.contexts
+		c.session = sessionOf(h.contexts) // before setExport publishes it
 	}
 	c.setExport(x)
 }
@@ -268,7 +271,11 @@ func (h *handshake) metaContext(option uint32, data []byte) error {
 	if x == nil {
 		return h.fail(option, repErrUnknown, fmt.Sprintf("no export %q", cutString(r.export, 256)))
 	}
-	chosen := h.choose(x, r.queries, set)
+	named, err := h.named(x, r.queries, set)
+	if err != nil {
+		return h.fail(option, repErrPolicy, err.Error())
+	}
+	chosen := append(h.choose(x, r.queries, set), named...)
 	var b []byte
 	for i, m := range chosen {
 		id := uint32(0)
