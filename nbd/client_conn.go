@@ -62,6 +62,8 @@ type clientConn struct {
 	in           *bufio.Reader
 	info         ExportInfo
 	allocationID uint32
+	id           string
+	fenceable    bool // by its id
 
 	bytes     atomic.Int64 // in flight
 	lastHeard atomic.Int64 // UnixNano of the last reply or, after idleness, request
@@ -89,7 +91,7 @@ type clientQueue struct {
 const queueHeads = 256 * requestLen
 
 func newClientConn(h *clientHandshake) *clientConn {
-	cc := &clientConn{nc: h.nc, in: h.in, info: h.info, allocationID: h.allocationID, calls: map[uint64]*call{}}
+	cc := &clientConn{nc: h.nc, in: h.in, info: h.info, allocationID: h.allocationID, id: h.as.id, fenceable: h.info.fences, calls: map[uint64]*call{}}
 	cc.quiet.L = &cc.mu
 	cc.pending.heads = make([]byte, 0, queueHeads)
 	cc.spare.heads = make([]byte, 0, queueHeads)
@@ -189,6 +191,9 @@ func (cc *clientConn) abandon(k *call) (answered bool, err error) {
 		return true, <-k.done
 	}
 	k.abandoned = true
+	if k.req.modifies() {
+		cc.c.fences.giveUp(k, cc)
+	}
 	if !k.unsent && !k.receiving {
 		cc.mu.Unlock()
 		return false, nil
@@ -256,14 +261,25 @@ func (cc *clientConn) reason() error {
 	return cc.err
 }
 
-// finishAll tells every caller that its request was lost.
-func (cc *clientConn) finishAll() {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
+// settleSendingLocked waits until the fate of every payload is known that was
+// to be sent when the connection broke.
+func (cc *clientConn) settleSendingLocked() {
 	for cc.sending {
 		cc.quiet.Wait()
 	}
+}
+
+// finishAll tells the callers of requests that they were lost. Those that are
+// given up are told whatever they are: at most the end of the buffer's use is
+// waited for.
+func (cc *clientConn) finishAll(which func(*call) bool) {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	cc.settleSendingLocked()
 	for cookie, k := range cc.calls {
+		if !k.abandoned && !which(k) {
+			continue
+		}
 		delete(cc.calls, cookie)
 		k.done <- errConnLost
 	}
@@ -321,6 +337,9 @@ func (cc *clientConn) finish(k *call) error {
 		// Here, and not where the caller wakes up: when the connection breaks
 		// it has to be known.
 		cc.c.acked.Add(1)
+	}
+	if k.abandoned && k.req.modifies() {
+		cc.c.fences.answered(k)
 	}
 	if k.unsent { // the caller may not have its buffer back yet
 		k.replied, k.result = true, err

@@ -40,6 +40,7 @@ type ExportInfo struct {
 
 	sizes      blockSizes
 	allocation bool
+	fences     bool // the server knows fences
 }
 
 // clientHandshake is a negotiation in progress.
@@ -47,6 +48,7 @@ type clientHandshake struct {
 	nc  net.Conn
 	in  *bufio.Reader
 	uri URI
+	as  dialing
 
 	noZeroes     bool
 	info         ExportInfo
@@ -100,7 +102,7 @@ func tuneClient(nc net.Conn, o ClientOptions) {
 }
 
 // dialConn opens a connection and negotiates the export.
-func dialConn(ctx context.Context, uri URI, o ClientOptions) (*clientConn, error) {
+func dialConn(ctx context.Context, uri URI, o ClientOptions, as dialing) (*clientConn, error) {
 	ctx, cancel := context.WithTimeout(ctx, o.HandshakeTimeout)
 	defer cancel()
 	h, stop, err := openHandshake(ctx, uri, o)
@@ -108,6 +110,7 @@ func dialConn(ctx context.Context, uri URI, o ClientOptions) (*clientConn, error
 		return nil, err
 	}
 	defer stop()
+	h.as = as
 	if err = h.negotiate(); err == nil && !stop() {
 		err = context.Cause(ctx)
 	}
@@ -142,8 +145,7 @@ func (h *clientHandshake) negotiate() error {
 	}
 	b := appendClientFlags(nil, client)
 	b = appendOption(b, optStructuredReply, nil)
-	b = appendOption(b, optSetMetaContext, appendMetaRequest(nil, metaRequest{h.uri.Export, []string{contextBase, contextGeneration}}))
-	b = appendOption(b, optGo, appendInfoRequest(nil, infoRequest{h.uri.Export, []uint16{infoTypeBlockSize, infoTypeDescription}}))
+	b = appendOption(b, optSetMetaContext, appendMetaRequest(nil, metaRequest{h.uri.Export, []string{contextBase, contextGeneration, contextSession + h.as.id}}))
 	if _, err := h.nc.Write(b); err != nil {
 		return err
 	}
@@ -151,6 +153,13 @@ func (h *clientHandshake) negotiate() error {
 		return err
 	}
 	if err := h.metaContexts(optSetMetaContext); err != nil {
+		return err
+	}
+	if err := h.fenceBroken(); err != nil {
+		return err
+	}
+	b = appendOption(nil, optGo, appendInfoRequest(nil, infoRequest{h.uri.Export, []uint16{infoTypeBlockSize, infoTypeDescription}}))
+	if _, err := h.nc.Write(b); err != nil {
 		return err
 	}
 	err = h.infoReplies(optGo)
@@ -190,7 +199,7 @@ func (h *clientHandshake) clientFlags(server uint16) uint32 {
 // exportName is the old way into transmission. A server that lacks the export
 // can only disconnect.
 func (h *clientHandshake) exportName(b []byte) error {
-	h.info.Structured, h.info.allocation, h.info.Generation = false, false, ""
+	h.info.Structured, h.info.allocation, h.info.Generation, h.info.fences = false, false, "", false
 	if _, err := h.nc.Write(appendOption(b, optExportName, []byte(h.uri.Export))); err != nil {
 		return err
 	}
@@ -262,7 +271,7 @@ func (h *clientHandshake) structured() (bool, error) {
 // metaContexts reads the replies to SET or LIST_META_CONTEXT; a refusal means
 // that there are none.
 func (h *clientHandshake) metaContexts(option uint32) error {
-	allocation, id, generation := false, uint32(0), ""
+	allocation, id, generation, fences := false, uint32(0), "", false
 	r, _, err := h.each(option, func(typ uint32, data []byte) error {
 		if typ != repMetaContext {
 			return protocolErrorf("reply %d to %s", typ, optionName(option))
@@ -275,6 +284,8 @@ func (h *clientHandshake) metaContexts(option uint32) error {
 			allocation, id = true, m.id
 		} else if tag, ok := strings.CutPrefix(m.name, contextGeneration); ok {
 			generation = tag
+		} else if h.as.id != "" && m.name == contextSession+h.as.id {
+			fences = true
 		}
 		return nil
 	})
@@ -282,7 +293,7 @@ func (h *clientHandshake) metaContexts(option uint32) error {
 		return err
 	}
 	if r.typ == repAck {
-		h.info.allocation, h.allocationID, h.info.Generation = allocation && h.info.Structured, id, generation
+		h.info.allocation, h.allocationID, h.info.Generation, h.info.fences = allocation && h.info.Structured, id, generation, fences
 	}
 	return nil
 }

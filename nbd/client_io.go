@@ -68,7 +68,9 @@ func (c *Client) attempt(ctx context.Context, k *call, class memferry.Class) err
 		if err != nil {
 			return err
 		}
-		if cc != nil {
+		if wait := c.fences.wait(k.req); wait != nil {
+			changed = wait
+		} else if cc != nil {
 			if err := cc.submit(k); err == nil {
 				return c.await(ctx, cc, k)
 			}

@@ -23,12 +23,18 @@ import (
 // serveOn serves exports on a fresh UNIX socket and returns its path.
 func serveOn(t testing.TB, exports ...Export) string {
 	t.Helper()
+	_, path := serveWith(t, ServerOptions{}, exports...)
+	return path
+}
+
+func serveWith(t testing.TB, o ServerOptions, exports ...Export) (*Server, string) {
+	t.Helper()
 	path := testenv.TempSocket(t)
 	l, err := net.Listen("unix", path)
 	if err != nil {
 		t.Fatal(err)
 	}
-	s := NewServer(ServerOptions{})
+	s := NewServer(o)
 	for _, e := range exports {
 		if err := s.Add(e); err != nil {
 			t.Fatal(err)
@@ -42,7 +48,7 @@ func serveOn(t testing.TB, exports ...Export) string {
 			t.Errorf("Serve: %v", err)
 		}
 	})
-	return path
+	return s, path
 }
 
 func newMem(t testing.TB, size int64) *mem.Backend {
