@@ -43,7 +43,11 @@ func (e *Env) mount(uri string, flags ...string) (*mounted, error) {
 		case <-time.After(patience):
 		}
 		m.stop()
-		return errors.Join(err, os.Remove(m.at))
+		// memferry removes the file that it made; what is left is an error.
+		if _, left := os.Lstat(m.at); left == nil {
+			err = errors.Join(err, fmt.Errorf("%s is still there after umount", m.at))
+		}
+		return err
 	}}
 	if err := p.until("mount", func() bool { return isFUSE(path) }); err != nil {
 		p.stop()
