@@ -50,6 +50,7 @@ type Backend struct {
 	// backend is closed. Reads and writes need no more: os.File keeps its
 	// descriptor until they return.
 	views gate.Gate
+	known knownData
 }
 
 var (

@@ -128,6 +128,7 @@ func (b *Backend) canDiscard() bool {
 }
 
 func (b *Backend) fallocate(mode uint32, off, n int64) error {
+	defer b.known.forget()
 	return b.control("fallocate", func(fd int) error {
 		return ignoringEINTR(func() error { return unix.Fallocate(fd, mode, off, n) })
 	})
@@ -245,18 +246,24 @@ func (b *Backend) Extents(ctx context.Context, off, n int64) ([]memferry.Extent,
 	var extents []memferry.Extent
 	err := b.control("seek", func(fd int) error {
 		var err error
-		extents, err = extentsOf(ctx, fd, off, off+n)
+		extents, err = b.extents(ctx, fd, off, off+n)
 		return err
 	})
 	return extents, err
 }
 
-func extentsOf(ctx context.Context, fd int, off, end int64) ([]memferry.Extent, error) {
+// extents looks for data and holes in [off, end).
+func (b *Backend) extents(ctx context.Context, fd int, off, end int64) ([]memferry.Extent, error) {
 	l := extent.New(off, end)
 	// Each round adds two at most.
 	for l.Next() < end && len(l.Extents) < memferry.MaxExtents-1 {
 		if err := ctx.Err(); err != nil {
 			return nil, err
+		}
+		known, changes, ok := b.known.find(l.Next())
+		if ok {
+			l.Add(known, 0)
+			continue
 		}
 		data, err := unix.Seek(fd, l.Next(), unix.SEEK_DATA)
 		if err == unix.ENXIO { // a hole up to the end
@@ -270,13 +277,14 @@ func extentsOf(ctx context.Context, fd int, off, end int64) ([]memferry.Extent, 
 		if l.Next() >= end {
 			break
 		}
-		next, err := unix.Seek(fd, l.Next(), unix.SEEK_HOLE)
+		next, err := unix.Seek(fd, data, unix.SEEK_HOLE)
 		if err == unix.ENXIO { // cut off meanwhile
 			next = end
 		} else if err != nil {
 			return nil, err
 		}
-		if next > l.Next() {
+		if next > data {
+			b.known.found(data, next, changes)
 			l.Add(next, 0)
 		}
 	}
