@@ -150,7 +150,8 @@ func (a *attachment) reveal(t target, name string) error {
 	if a.hidden == "" {
 		return nil
 	}
-	if err := unix.Mount(filepath.Join(a.hidden, name), t.path, "", unix.MS_BIND, ""); err != nil {
+	err := outside(func() error { return unix.Mount(filepath.Join(a.hidden, name), t.path, "", unix.MS_BIND, "") })
+	if err != nil {
 		return fmt.Errorf("bind to %s: %w", t.path, err)
 	}
 	return a.hide()
@@ -161,7 +162,7 @@ func (a *attachment) hide() error {
 	if a.hidden == "" {
 		return nil
 	}
-	err := unix.Unmount(a.hidden, unix.MNT_DETACH)
+	err := outside(func() error { return unix.Unmount(a.hidden, unix.MNT_DETACH) })
 	if errors.Is(err, unix.EINVAL) {
 		err = nil // not mounted
 	}

@@ -57,6 +57,7 @@ func init() {
 		"hold":      helpHold,
 		"mapread":   helpMapRead,
 		"serve":     helpServe,
+		"askself":   helpAskSelf,
 		"selfmount": helpSelfMount,
 		"strangers": helpStrangers,
 	}
@@ -483,6 +484,27 @@ func helpServe(args []string) error {
 		return err
 	}
 	fmt.Println("mounted")
+	select {}
+}
+
+// helpAskSelf mounts, asks its own mount, and gets no answer.
+func helpAskSelf(args []string) error {
+	m, err := newMemory(1 << 20)
+	if err != nil {
+		return err
+	}
+	d, err := Mount(context.Background(), stuck{m}, args[0], Options{})
+	if err != nil {
+		return err
+	}
+	return d.fs.self.Load().with(unix.O_RDONLY, fsync)
+}
+
+// stuck says so when it is synced, and stays there.
+type stuck struct{ memferry.Backend }
+
+func (s stuck) Sync() error {
+	fmt.Println("syncing")
 	select {}
 }
 

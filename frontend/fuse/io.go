@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"io"
-	"os"
 	"sync"
 	"syscall"
 
@@ -177,20 +176,25 @@ type mountedFile struct {
 	dev  uint64
 }
 
-// open opens it by a system call that the Go scheduler knows to block, and
-// makes sure that it is still this mount.
-func (m *mountedFile) open(flags int) (int, error) {
-	fd, err := openRetry(m.path, flags|unix.O_CLOEXEC)
-	if err != nil {
-		return -1, &os.PathError{Op: "open", Path: m.path, Err: err}
-	}
-	var st unix.Stat_t
-	if err := unix.Fstat(fd, &st); err != nil || st.Dev != m.dev {
-		unix.Close(fd) //nolint:errcheck // nothing was written
-		return -1, &os.PathError{Op: "open", Path: m.path, Err: syscall.ENODEV}
-	}
-	return fd, nil
+// with opens the file, makes sure that it is still this mount, and passes it
+// to f; see outside.
+func (m *mountedFile) with(flags int, f func(fd int) error) error {
+	return outside(func() error {
+		fd, err := openRetry(m.path, flags|unix.O_CLOEXEC)
+		if err != nil {
+			return errNotMounted
+		}
+		defer unix.Close(fd) //nolint:errcheck // what f did to it has an answer
+		var st unix.Stat_t
+		if err := unix.Fstat(fd, &st); err != nil || st.Dev != m.dev {
+			return errNotMounted
+		}
+		return f(fd)
+	})
 }
+
+// errNotMounted says that the file is not at its place any more.
+var errNotMounted = errors.New("not mounted")
 
 func openRetry(path string, flags int) (int, error) {
 	for {
@@ -211,13 +215,12 @@ func (f *fileSystem) repairSize() {
 		return
 	}
 	f.repairs.Go(func() {
-		fd, err := self.open(unix.O_WRONLY)
-		f.repairing.Store(false) // a write from now on may need another one
-		if err != nil {
-			return // unmounted meanwhile
-		}
-		defer unix.Close(fd) //nolint:errcheck // the size is no data
-		if err := unix.Ftruncate(fd, f.size); err != nil {
+		err := self.with(unix.O_WRONLY, func(fd int) error {
+			f.repairing.Store(false) // a write from now on may need another one
+			return unix.Ftruncate(fd, f.size)
+		})
+		f.repairing.Store(false)
+		if err != nil && !errors.Is(err, errNotMounted) {
 			f.log.Warn("can't put the size right after a write past the end", "err", err)
 		}
 	})
@@ -232,13 +235,11 @@ func (f *fileSystem) writeOutDirty() {
 	if !f.writeBack || self == nil || f.opens.writable() == 0 {
 		return
 	}
-	fd, err := self.open(unix.O_RDONLY)
-	if err != nil {
-		return
-	}
-	defer unix.Close(fd) //nolint:errcheck // opened for reading
-	const flags = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
-	if err := unix.SyncFileRange(fd, 0, 0, flags); err != nil {
+	err := self.with(unix.O_RDONLY, func(fd int) error {
+		const flags = unix.SYNC_FILE_RANGE_WAIT_BEFORE | unix.SYNC_FILE_RANGE_WRITE | unix.SYNC_FILE_RANGE_WAIT_AFTER
+		return unix.SyncFileRange(fd, 0, 0, flags)
+	})
+	if err != nil && !errors.Is(err, errNotMounted) {
 		f.log.Warn("write-out before a seek failed", "err", err)
 	}
 }

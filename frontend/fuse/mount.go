@@ -163,25 +163,33 @@ func (d *Device) start(a *attachment, o Options) error {
 	if err := a.reveal(d.target, o.Name); err != nil {
 		return err
 	}
+	if err := outside(d.introduce); err != nil {
+		return fmt.Errorf("mount: %w", err)
+	}
+	d.setReadAhead(o.ReadAhead)
+	d.fs.self.Store(&mountedFile{path: d.path, dev: d.dev})
+	return nil
+}
+
+// introduce looks at the file as the kernel shows it.
+func (d *Device) introduce() error {
 	fd, err := openRetry(d.path, unix.O_RDONLY|unix.O_CLOEXEC)
 	if err != nil {
-		return fmt.Errorf("mount: %w", &os.PathError{Op: "open", Path: d.path, Err: err})
+		return &os.PathError{Op: "open", Path: d.path, Err: err}
 	}
 	defer unix.Close(fd) //nolint:errcheck // opened for reading
 	var st unix.Stat_t
 	if err := unix.Fstat(fd, &st); err != nil {
-		return fmt.Errorf("mount: %w", &os.PathError{Op: "stat", Path: d.path, Err: err})
+		return &os.PathError{Op: "stat", Path: d.path, Err: err}
 	}
 	if st.Size != d.fs.size {
-		return fmt.Errorf("mount %s: the kernel shows %d bytes of %d", d.path, st.Size, d.fs.size)
+		return fmt.Errorf("%s: the kernel shows %d bytes of %d", d.path, st.Size, d.fs.size)
 	}
 	d.dev = st.Dev
 	// Once told that there is nothing to poll, the kernel does not ask again.
 	// Were it to ask within the Go runtime's poller, the thread would block
 	// where the scheduler can't replace it.
 	unix.Poll([]unix.PollFd{{Fd: int32(fd), Events: unix.POLLIN}}, 0) //nolint:errcheck // the answer is of no interest
-	d.setReadAhead(o.ReadAhead)
-	d.fs.self.Store(&mountedFile{path: d.path, dev: st.Dev})
 	return nil
 }
 
@@ -313,13 +321,12 @@ func (d *Device) flush() {
 	if d.fs.readOnly || self == nil {
 		return
 	}
-	fd, err := self.open(unix.O_RDONLY)
-	if err != nil {
-		return // unmounted meanwhile, which flushes too
+	err := self.with(unix.O_RDONLY, fsync)
+	if errors.Is(err, errNotMounted) {
+		return // which flushes too
 	}
-	defer unix.Close(fd) //nolint:errcheck // opened for reading
 	d.synced = nil
-	if err := fsync(fd); err != nil {
+	if err != nil {
 		d.synced = fmt.Errorf("flush %s: %w", d.path, err)
 	}
 }

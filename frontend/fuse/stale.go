@@ -74,7 +74,8 @@ func detach(path string) error { return unmount(path, unix.MNT_DETACH) }
 // unmount unmounts path: by the system call where we may, by fusermount3
 // otherwise. A busy mount is unix.EBUSY.
 func unmount(path string, flags int) error {
-	err := unix.Unmount(path, flags|unix.UMOUNT_NOFOLLOW)
+	// The last one writes out what the kernel has cached.
+	err := outside(func() error { return unix.Unmount(path, flags|unix.UMOUNT_NOFOLLOW) })
 	if !errors.Is(err, unix.EPERM) {
 		return err
 	}
