@@ -118,6 +118,7 @@ type Server struct {
 
 	mu        sync.Mutex
 	exports   map[string]*export
+	added     int64 // exports ever
 	listeners map[net.Listener]struct{}
 	conns     map[*serverConn]struct{}
 	reserved  int // accepted, not yet in conns
@@ -158,6 +159,8 @@ func (s *Server) Add(e Export) error {
 	if _, ok := s.exports[e.Name]; ok {
 		return fmt.Errorf("export %q: name %w", e.Name, memferry.ErrInUse)
 	}
+	s.added++
+	x.order = s.added
 	s.exports[e.Name] = x
 	return nil
 }
@@ -177,18 +180,21 @@ func (s *Server) Remove(name string) bool {
 	return ok
 }
 
-// find returns the export that a client means. The empty name also means the
-// only one.
+// find returns the export that a client means. Where no export has the empty
+// name, which stands for the default, that is the one that was added first.
 func (s *Server) find(name string) *export {
 	s.mu.Lock()
 	defer s.mu.Unlock()
-	if x, ok := s.exports[name]; ok || name != "" || len(s.exports) != 1 {
+	x, ok := s.exports[name]
+	if ok || name != "" {
 		return x
 	}
-	for _, x := range s.exports {
-		return x
+	for _, e := range s.exports {
+		if x == nil || e.order < x.order {
+			x = e
+		}
 	}
-	return nil
+	return x
 }
 
 // list returns the exports in the order of their names.

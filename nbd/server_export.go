@@ -15,8 +15,8 @@ import (
 
 // Export is a backend under a name.
 type Export struct {
-	// Name is what clients ask for; empty for the default export. It must be
-	// UTF-8 without NUL.
+	// Name is what clients ask for. It must be UTF-8 without NUL. The empty
+	// name is the default export; without one of that name, the first added.
 	Name string
 	// Description is shown to people who list the exports.
 	Description string
@@ -43,6 +43,7 @@ const (
 // export is an Export with what was found out about its backend.
 type export struct {
 	Export
+	order int64 // of being added to the server
 	caps  memferry.Capabilities
 	size  int64
 	flags TransmissionFlags // without those that depend on the connection

@@ -189,8 +189,26 @@ func TestDefaultExport(t *testing.T) {
 	if err := s.Add(Export{Name: "second", Backend: newPlain(testSize)}); err != nil {
 		t.Fatal(err)
 	}
+	if err := s.Add(Export{Name: "another", Backend: newPlain(testSize)}); err != nil {
+		t.Fatal(err)
+	}
+	defaultIs := func(want string) {
+		t.Helper()
+		replies := w.option(optInfo, empty)
+		if len(replies) != 3 {
+			t.Fatalf("%d replies", len(replies))
+		}
+		if name, err := parseInfoString(replies[1].data); err != nil || name != want {
+			t.Errorf("the default export is %q, error %v, want %q", name, err, want)
+		}
+	}
+	defaultIs("only")
+	s.Remove("only")
+	defaultIs("second")
+	s.Remove("second")
+	s.Remove("another")
 	if typ := w.final(optInfo, empty); typ != repErrUnknown {
-		t.Errorf("with two exports: reply %#x", typ)
+		t.Errorf("without exports: reply %#x", typ)
 	}
 }
 
