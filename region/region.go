@@ -218,7 +218,7 @@ func (r *Region) finalPush() error {
 			err = memferry.ErrTimeout
 		}
 		if r.o.Store != nil {
-			return fmt.Errorf("%d bytes were not pushed: they stay in the cache, and the next mount pushes them: %w", left, err)
+			return fmt.Errorf("%d bytes were not pushed, and stay in the cache: %w", left, err)
 		}
 		return fmt.Errorf("%d bytes of writes are lost: they could not be pushed, and there is no cache: %w", left, err)
 	}

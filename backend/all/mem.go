@@ -26,7 +26,7 @@ func openMem(_ context.Context, u *backend.URL, _ backend.Options) (memferry.Bac
 		return nil, err
 	}
 	if n == 0 {
-		return nil, fmt.Errorf("%s: how large? write mem:?size=1G", u)
+		return nil, fmt.Errorf("%s: no size; write mem:?size=1G", u)
 	}
 	b, err := mem.New(n)
 	if err != nil {

@@ -59,7 +59,7 @@ func requireEmpty(dir string) error {
 	}
 	defer f.Close() //nolint:errcheck // opened for reading
 	if names, _ := f.Readdirnames(1); len(names) > 0 {
-		return fmt.Errorf("mountpoint %s is not empty; choose an empty directory or a file: %w", dir, memferry.ErrInUse)
+		return fmt.Errorf("mountpoint %s is not empty: %w; choose an empty directory or a file", dir, memferry.ErrInUse)
 	}
 	return nil
 }

@@ -363,5 +363,5 @@ func (d *Device) busyError() error {
 	if found := holders(d.target.path); len(found) > 0 {
 		who = strings.Join(found, ", ")
 	}
-	return fmt.Errorf("%s is used by %s: end that, or unmount lazily: %w", d.path, who, memferry.ErrInUse)
+	return fmt.Errorf("%s is used by %s: %w; end that and try again, or unmount lazily", d.path, who, memferry.ErrInUse)
 }

@@ -37,11 +37,11 @@ func ClearStale(path string) (bool, error) {
 		}
 		top := mounts[len(mounts)-1]
 		if !top.ours() {
-			return cleared, fmt.Errorf("%s has a file system of type %s mounted on it; choose another path or unmount it: %w",
+			return cleared, fmt.Errorf("%s has a file system of type %s mounted on it: %w; choose another path or unmount it",
 				path, top.fs, memferry.ErrInUse)
 		}
 		if alive(path) {
-			return cleared, fmt.Errorf("%s is mounted already; run `memferry umount %s` first: %w", path, path, memferry.ErrInUse)
+			return cleared, fmt.Errorf("%s is mounted already: %w; run `memferry umount %s` first", path, memferry.ErrInUse, path)
 		}
 		if err := detach(path); err != nil {
 			return cleared, fmt.Errorf("clear stale mount %s: %w", path, err)

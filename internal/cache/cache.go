@@ -183,7 +183,7 @@ func lock(path string) (*os.File, error) {
 		if rerr != nil || holder == "" {
 			holder = "?"
 		}
-		err = fmt.Errorf("used by process %s: %w: unmount it first, or choose another directory", holder, memferry.ErrInUse)
+		err = fmt.Errorf("used by process %s: %w; unmount it first, or choose another directory", holder, memferry.ErrInUse)
 	}
 	if err == nil {
 		err = errors.Join(f.Truncate(0), writePID(f))
@@ -284,7 +284,7 @@ func (c *Cache) damaged(err error) error {
 	if !errors.Is(err, memferry.ErrCorrupt) {
 		return err
 	}
-	return fmt.Errorf("%w: restore the directory from a backup, or delete it to start afresh (writes in it that were not pushed are lost)", err)
+	return fmt.Errorf("%w; restore the directory from a backup, or delete it to start afresh (writes in it that were not pushed are lost)", err)
 }
 
 func (c *Cache) path(name string) string { return filepath.Join(c.dir, name) }
@@ -313,7 +313,7 @@ func (c *Cache) load(id Identity, o Options) error {
 func (c *Cache) checkIdentity(id Identity) error {
 	m := &c.store.meta
 	if m.URL != id.URL || m.Size != id.Size {
-		return fmt.Errorf("it belongs to %s (%s), not to %s (%s): %w: choose another directory, or delete this one%s",
+		return fmt.Errorf("it belongs to %s (%s), not to %s (%s): %w; choose another directory, or delete this one%s",
 			m.URL, size.Format(m.Size), id.URL, size.Format(id.Size), memferry.ErrChanged, c.unpushed())
 	}
 	return nil

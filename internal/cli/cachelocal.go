@@ -10,7 +10,7 @@ import (
 func (s *session) openCache(remote memferry.Backend, ro *region.Options) (memferry.Backend, error) {
 	c, err := cache.Open(s.cacheDir, cache.Identity{URL: s.identity, Size: remote.Size()}, cache.Options{Logger: s.log})
 	if err != nil {
-		return nil, advised(err)
+		return nil, err
 	}
 	ro.Store = c
 	return c.Local(), nil

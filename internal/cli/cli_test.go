@@ -109,7 +109,7 @@ func TestMetrics(t *testing.T) {
 		Size: 8192, Dirty: 4096, RTT: 20 * time.Millisecond, RemoteUp: true,
 		Errors: []region.ErrorStat{{Kind: region.ErrorPush, Count: 3}},
 	}
-	m, err := startMetrics("127.0.0.1:0", regionCollector(func() region.Stats { return stats }), slog.New(slog.NewTextHandler(&log, nil)))
+	m, err := startMetrics("127.0.0.1:0", slog.New(slog.NewTextHandler(&log, nil)), regionCollector(func() region.Stats { return stats }))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -144,7 +144,7 @@ func TestMetrics(t *testing.T) {
 
 func TestMetricsBeyondLoopbackWarn(t *testing.T) {
 	var log lockedBuffer
-	m, err := startMetrics("0.0.0.0:0", regionCollector(func() region.Stats { return region.Stats{} }), slog.New(slog.NewTextHandler(&log, nil)))
+	m, err := startMetrics("0.0.0.0:0", slog.New(slog.NewTextHandler(&log, nil)), regionCollector(func() region.Stats { return region.Stats{} }))
 	if err != nil {
 		t.Fatal(err)
 	}
@@ -165,7 +165,7 @@ func TestLine(t *testing.T) {
 		{errors.Join(errors.New("a"), errors.New("b\nc")), "memferry: a; b; c"},
 		{withRemedy(memferry.ErrInUse, "do %s", "this"), "memferry: in use; do this"},
 		{fmt.Errorf("x: %w", memferry.ErrNoSpace), "memferry: x: no space left; free some space and try again"},
-		{fmt.Errorf("x: %w", advised(memferry.ErrNoSpace)), "memferry: x: no space left"},
+		{fmt.Errorf("x: %w; tidy up", memferry.ErrNoSpace), "memferry: x: no space left; tidy up"},
 		{&usageError{"memferry mount", errors.New("what?")}, "memferry: what?; see `memferry mount --help`"},
 	} {
 		if got := line(tc.err); got != tc.want {

@@ -6,6 +6,7 @@ import (
 	"fmt"
 	"io"
 	"io/fs"
+	"net"
 	"os"
 	"strings"
 	"syscall"
@@ -40,20 +41,6 @@ type remedyError struct {
 func (e *remedyError) Error() string { return e.err.Error() + "; " + e.remedy }
 func (e *remedyError) Unwrap() error { return e.err }
 
-// advisedError is an error that says what to do next in its own words.
-type advisedError struct{ err error }
-
-func (e *advisedError) Error() string { return e.err.Error() }
-func (e *advisedError) Unwrap() error { return e.err }
-
-// advised marks err as one that needs no remedy added.
-func advised(err error) error {
-	if err == nil {
-		return nil
-	}
-	return &advisedError{err}
-}
-
 // withRemedy adds what to do next to err.
 func withRemedy(err error, format string, a ...any) error {
 	if err == nil {
@@ -61,6 +48,17 @@ func withRemedy(err error, format string, a ...any) error {
 	}
 	return &remedyError{err, fmt.Sprintf(format, a...)}
 }
+
+// withRemedyUnlessSaid adds what to do next to an err that does not tell.
+func withRemedyUnlessSaid(err error, format string, a ...any) error {
+	if err == nil || saysRemedy(err) {
+		return err
+	}
+	return withRemedy(err, format, a...)
+}
+
+// saysRemedy tells whether err has the "; " in it that sets a remedy off.
+func saysRemedy(err error) bool { return strings.Contains(err.Error(), "; ") }
 
 // about prefixes err with the thing it concerns, once: packages below name
 // their URL or path themselves where they know it.
@@ -74,8 +72,7 @@ func about(thing string, err error) error {
 // advise adds what to do next where err does not say so itself, for one whose
 // text alone will reach the user.
 func advise(err error) error {
-	var said *advisedError
-	if err == nil || errors.As(err, &said) || strings.Contains(err.Error(), "; ") {
+	if err == nil || saysRemedy(err) {
 		return err
 	}
 	if r := remedyFor(err); r != "" {
@@ -120,7 +117,11 @@ func oneLine(s string) string {
 // remedyFor is the advice for errors that carry none of their own. The order
 // matters: an error may match several, and the first is the most telling.
 func remedyFor(err error) string {
-	var daemon *lifecycle.SignalError
+	var (
+		daemon *lifecycle.SignalError
+		lookup *net.DNSError
+		call   *os.SyscallError
+	)
 	switch {
 	case errors.Is(err, lifecycle.ErrDaemon), errors.As(err, &daemon):
 		return ""
@@ -136,7 +137,15 @@ func remedyFor(err error) string {
 		return "free some space and try again"
 	case errors.Is(err, memferry.ErrReadOnly), errors.Is(err, syscall.EROFS):
 		return "use --read-only, or a writable source"
-	case errors.Is(err, syscall.ECONNREFUSED):
+	case errors.As(err, &lookup):
+		return "check the name of the host, and that this machine can resolve it"
+	case errors.Is(err, syscall.EADDRNOTAVAIL):
+		return "give an address that this machine has; `ip address` lists them"
+	case errors.Is(err, syscall.ENETUNREACH), errors.Is(err, syscall.EHOSTUNREACH):
+		return "check the address, and the route to it"
+	case errors.Is(err, syscall.ENOTDIR):
+		return "check the path: a part of it is no directory"
+	case errors.Is(err, syscall.ECONNREFUSED), errors.As(err, &call) && call.Syscall == "connect" && errors.Is(err, fs.ErrNotExist):
 		return "is the server running there? `memferry serve` starts one"
 	case errors.Is(err, memferry.ErrTimeout), errors.Is(err, os.ErrDeadlineExceeded), errors.Is(err, context.DeadlineExceeded):
 		return "check the network and the server, or allow more with --io-timeout"

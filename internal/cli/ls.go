@@ -53,7 +53,7 @@ func (a *app) lsCmd() *cobra.Command {
 func (a *app) ls(ctx context.Context, url string, timeout time.Duration) ([]exportInfo, error) {
 	uri, err := nbd.ParseURI(url)
 	if err != nil {
-		return nil, withRemedy(err, "write nbd://HOST[:PORT] or nbd+unix:///?socket=PATH")
+		return nil, withRemedyUnlessSaid(err, "write nbd://HOST[:PORT] or nbd+unix:///?socket=PATH")
 	}
 	list, err := nbd.List(ctx, uri, nbd.ClientOptions{HandshakeTimeout: timeout, Logger: a.log})
 	if err != nil {

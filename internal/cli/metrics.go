@@ -13,6 +13,7 @@ import (
 	"github.com/prometheus/client_golang/prometheus/collectors"
 	"github.com/prometheus/client_golang/prometheus/promhttp"
 
+	"github.com/memferry/memferry/nbd"
 	"github.com/memferry/memferry/region"
 )
 
@@ -25,9 +26,9 @@ type metricsServer struct {
 	done chan struct{}
 }
 
-// startMetrics serves c at addr. Nothing that it answers is secret, but it
+// startMetrics serves collectors at addr, besides what the process itself tells. Nothing that it answers is secret, but it
 // tells what the mount does: elsewhere than on loopback that earns a warning.
-func startMetrics(addr string, c prometheus.Collector, log *slog.Logger) (*metricsServer, error) {
+func startMetrics(addr string, log *slog.Logger, collect ...prometheus.Collector) (*metricsServer, error) {
 	l, err := net.Listen("tcp", addr)
 	if err != nil {
 		return nil, withRemedy(fmt.Errorf("metrics: %w", err), "give --metrics a free HOST:PORT, such as 127.0.0.1:9090")
@@ -36,7 +37,8 @@ func startMetrics(addr string, c prometheus.Collector, log *slog.Logger) (*metri
 		log.Warn("metrics are readable by everybody who can reach this address", "addr", l.Addr().String())
 	}
 	reg := prometheus.NewRegistry()
-	reg.MustRegister(c, collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
+	reg.MustRegister(collect...)
+	reg.MustRegister(collectors.NewGoCollector(), collectors.NewProcessCollector(collectors.ProcessCollectorOpts{}))
 	mux := http.NewServeMux()
 	mux.Handle("GET /metrics", promhttp.HandlerFor(reg, promhttp.HandlerOpts{}))
 	s := &metricsServer{
@@ -115,6 +117,24 @@ func b2f(b bool) float64 {
 		return 1
 	}
 	return 0
+}
+
+// clientCollector exports the statistics of an NBD client.
+func clientCollector(take func() nbd.ClientStats) prometheus.Collector {
+	type s = nbd.ClientStats
+	return &snapshot[s]{
+		take: take,
+		metrics: []metric[s]{
+			gauge("memferry_client_connections", "Connections to the server now.", func(v *s) float64 { return float64(v.Connections) }),
+			gauge("memferry_client_in_flight_requests", "Requests without an answer yet.", func(v *s) float64 { return float64(v.InFlight) }),
+			counter("memferry_client_requests_total", "Requests sent.", func(v *s) float64 { return float64(v.Requests) }),
+			counter("memferry_client_read_bytes_total", "Bytes received.", func(v *s) float64 { return float64(v.ReadBytes) }),
+			counter("memferry_client_written_bytes_total", "Bytes sent.", func(v *s) float64 { return float64(v.WriteBytes) }),
+			counter("memferry_client_reconnects_total", "Connections made again.", func(v *s) float64 { return float64(v.Reconnects) }),
+			counter("memferry_client_resent_total", "Requests sent again after a connection broke.", func(v *s) float64 { return float64(v.Resent) }),
+			gauge("memferry_client_rtt_seconds", "Round trip of small requests, 0 if unknown.", func(v *s) float64 { return v.RTT.Seconds() }),
+		},
+	}
 }
 
 // regionCollector exports the statistics of a region.

@@ -136,7 +136,7 @@ func (a *app) mountCmd() *cobra.Command {
 	fl.Var(&f.chunk, "chunk", "unit of transfer, a power of two")
 	fl.Var(&f.rate, "rate", "most that background pulls take, such as 10M/s")
 	fl.DurationVar(&f.ioTimeout, "io-timeout", f.ioTimeout, "how long access waits through outages")
-	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics at `HOST:PORT`")
+	fl.StringVar(&f.metrics, "metrics", "", "serve Prometheus metrics of the region, the client and the process at `HOST:PORT`")
 	fl.BoolVar(&f.daemon, "daemon", false, "return once the file can be used, and go on in the background")
 	fl.IntVar(&f.connections, "connections", 0, "connections to the server (default 4)")
 	fl.StringVar(&f.name, "name", "", "name of the file where PATH is a directory")
@@ -247,10 +247,10 @@ func (a *app) attend(stack *lifecycle.Stack, s *session, metrics string) error {
 	if err := stack.Push("control socket", 5*time.Second, c.Close); err != nil {
 		return err
 	}
-	if metrics == "" || s.region == nil {
+	if metrics == "" {
 		return nil
 	}
-	m, err := startMetrics(metrics, regionCollector(s.region.Stats), s.log)
+	m, err := startMetrics(metrics, s.log, s.collectors()...)
 	if err != nil {
 		return err
 	}

@@ -107,6 +107,9 @@ func (a *app) rootCmd() *cobra.Command {
 		a.doctorCmd(), a.demoCmd(), a.versionCmd(), a.manCmd(),
 	)
 	root.InitDefaultCompletionCmd(a.env.Args...)
+	if c, _, err := root.Find([]string{"completion"}); err == nil {
+		c.Args, c.RunE = a.subcommandOnly, root.RunE // cobra's own prints its help, and ends with 0
+	}
 	root.InitDefaultHelpCmd()
 	root.InitDefaultHelpFlag()
 	return root

@@ -23,9 +23,9 @@ import (
 const serveLong = `Offer regions to other hosts over the NBD protocol, until interrupted.
 
 Each argument is a region, with or without the name under which clients ask
-for it; without one the name is the last part of its path. Where there is only
-one region, it is the default export as well. A file whose name contains "="
-is written as ./NAME.
+for it; without one the name is the last part of its path. The first region is
+the default export as well, which clients get that name none. A file whose name
+contains "=" is written as ./NAME.
 
 SIGINT and SIGTERM stop taking requests, answer those in flight, write
 everything to stable storage, and end. A second signal ends without waiting.
@@ -72,8 +72,8 @@ func (a *app) serveCmd() *cobra.Command {
   memferry serve --listen nbd://10.0.0.1 --insecure disk=/dev/vg/disk`,
 		Args: positional(cobra.MinimumNArgs(1)),
 		RunE: func(cmd *cobra.Command, args []string) error {
-			if f.maxRequest < memferry.PageSize || f.maxRequest > 1<<30 {
-				return usage(cmd, "--max-request %v: want 4 KiB to 1 GiB", f.maxRequest)
+			if err := f.check(cmd); err != nil {
+				return err
 			}
 			return a.serve(cmd.Context(), args, f)
 		},
@@ -90,6 +90,34 @@ func (a *app) serveCmd() *cobra.Command {
 	fl.DurationVar(&f.handshake, "handshake-timeout", f.handshake, "how long a client's handshake may take")
 	fl.DurationVar(&f.ioTimeout, "io-timeout", f.ioTimeout, "how long a remote backend waits through outages")
 	return cmd
+}
+
+// check finds limits under which nothing could be served. The server takes
+// less than one for "as usual", which is not what somebody means who writes 0.
+func (f *serveFlags) check(cmd *cobra.Command) error {
+	if f.maxRequest < memferry.PageSize || f.maxRequest > 1<<30 {
+		return usage(cmd, "--max-request %v: want 4 KiB to 1 GiB", f.maxRequest)
+	}
+	if f.maxMemory < f.maxRequest {
+		return usage(cmd, "--max-memory %v: want at least --max-request, %v", f.maxMemory, f.maxRequest)
+	}
+	for _, l := range []struct {
+		flag string
+		n    int
+	}{{"max-connections", f.connections}, {"max-in-flight", f.inFlight}} {
+		if l.n < 1 {
+			return usage(cmd, "--%s %d: want at least 1", l.flag, l.n)
+		}
+	}
+	for _, l := range []struct {
+		flag string
+		d    time.Duration
+	}{{"handshake-timeout", f.handshake}, {"io-timeout", f.ioTimeout}} {
+		if l.d <= 0 {
+			return usage(cmd, "--%s %v: want a positive duration", l.flag, l.d)
+		}
+	}
+	return nil
 }
 
 // splitExport cuts NAME= off an argument of serve. A name has none of the
@@ -143,7 +171,7 @@ func (a *app) serve(ctx context.Context, args []string, f serveFlags) (err error
 		return err
 	}
 	if f.metrics != "" {
-		m, err := startMetrics(f.metrics, serverCollector(server.Stats), a.log)
+		m, err := startMetrics(f.metrics, a.log, serverCollector(server.Stats))
 		if err != nil {
 			return err
 		}
@@ -248,7 +276,7 @@ func (a *app) listenAll(stack *lifecycle.Stack, f serveFlags) ([]listener, error
 func (a *app) listen(where string, insecure bool) (listener, error) {
 	u, err := nbd.ParseURI(where)
 	if err != nil {
-		return listener{}, withRemedy(fmt.Errorf("--listen: %w", err), "write nbd://HOST[:PORT] or nbd+unix:///?socket=PATH")
+		return listener{}, withRemedyUnlessSaid(fmt.Errorf("--listen: %w", err), "write nbd://HOST[:PORT] or nbd+unix:///?socket=PATH")
 	}
 	if u.Export != "" {
 		return listener{}, withRemedy(fmt.Errorf("--listen %s: has an export name", where), "name exports as NAME=URL")

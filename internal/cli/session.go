@@ -13,11 +13,14 @@ import (
 	"sync"
 	"time"
 
+	"github.com/prometheus/client_golang/prometheus"
+
 	"github.com/memferry/memferry"
 	"github.com/memferry/memferry/backend"
 	"github.com/memferry/memferry/backend/file"
 	"github.com/memferry/memferry/frontend/fuse"
 	"github.com/memferry/memferry/internal/size"
+	"github.com/memferry/memferry/nbd"
 	"github.com/memferry/memferry/region"
 )
 
@@ -34,6 +37,7 @@ type session struct {
 	log                 *slog.Logger
 
 	backend memferry.Backend // the region, or the remote of a direct mount
+	client  *nbd.Client      // the remote, where it is one; else nil
 	region  *region.Region   // nil for a direct mount
 	device  *fuse.Device
 
@@ -83,6 +87,7 @@ func (a *app) openSession(ctx context.Context, rawURL, path string, o mountOptio
 		a.log.Info("the remote is read-only, and so is the mount", "url", rawURL)
 	}
 	s.backend = remote
+	s.client, _ = remote.(*nbd.Client)
 	if !o.direct {
 		if err := s.openRegion(ctx, remote, o); err != nil {
 			return nil, about(rawURL, err)
@@ -193,6 +198,18 @@ func (s *session) wait(ctx context.Context) error {
 	}
 }
 
+// collectors are the metrics of what the session is made of.
+func (s *session) collectors() []prometheus.Collector {
+	var all []prometheus.Collector
+	if s.region != nil {
+		all = append(all, regionCollector(s.region.Stats))
+	}
+	if s.client != nil {
+		all = append(all, clientCollector(s.client.Stats))
+	}
+	return all
+}
+
 func (s *session) stats() region.Stats {
 	if s.region == nil {
 		return region.Stats{}
@@ -299,7 +316,7 @@ func (s *session) unmount(ctx context.Context) (unmountSummary, error) {
 	}
 	if err := s.device.Close(); errors.Is(err, memferry.ErrInUse) {
 		s.setState("mounted")
-		return unmountSummary{}, withRemedy(about(s.path, err), "close the file and try again")
+		return unmountSummary{}, withRemedyUnlessSaid(about(s.path, err), "close the file and try again")
 	} else if err != nil {
 		s.err = about(s.path, err)
 	}

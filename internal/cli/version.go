@@ -68,7 +68,10 @@ func (a *app) manCmd() *cobra.Command {
 		RunE: func(cmd *cobra.Command, args []string) error {
 			cmd.Root().DisableAutoGenTag = true
 			header := &doc.GenManHeader{Title: "MEMFERRY", Section: "1", Source: "memferry", Manual: "memferry"}
-			return about(args[0], doc.GenManTree(cmd.Root(), header, args[0]))
+			if err := doc.GenManTree(cmd.Root(), header, args[0]); err != nil {
+				return fmt.Errorf("man: %w", about(args[0], err))
+			}
+			return nil
 		},
 	}
 }

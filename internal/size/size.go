@@ -52,7 +52,7 @@ func Parse(s string) (int64, error) {
 	shift, ok := shiftOf(unit)
 	whole, fraction, point := strings.Cut(number, ".")
 	if !ok || whole == "" || (point && (fraction == "" || shift == 0)) || strings.Contains(fraction, ".") {
-		return 0, fmt.Errorf("size %q: want a number and a unit, such as 4096, 512K or 1.5GiB", s)
+		return 0, fmt.Errorf("size %q is no number with a unit; write it as 4096, 512K or 1.5GiB", s)
 	}
 	n, err := strconv.ParseUint(whole, 10, 63)
 	if err != nil || n > uint64(1<<63-1)>>shift {
