@@ -56,5 +56,7 @@
 // those that it handles and those that the Go runtime sends to itself. A read
 // of a file is not expected to fail with EINTR then, and a page fault would end
 // in SIGBUS. So a request is abandoned (the context of its ReadAtContext is
-// cancelled) only when the process is being killed, or the mount ended.
+// cancelled) only when the process is being killed, or the mount ended. Where
+// the backend can't cancel, as with Sync, the request is answered all the same
+// and the call goes on by itself.
 package fuse

@@ -44,6 +44,7 @@ type fileSystem struct {
 	writeBack bool
 	log       *slog.Logger
 	buffers   *arena
+	calls     uncancelled
 	// ended is closed when requests still in flight must be given up.
 	ended   chan struct{}
 	endOnce sync.Once
@@ -88,6 +89,7 @@ func newFileSystem(b memferry.Backend, caps memferry.Capabilities, o Options, fi
 		writeBack:     !o.ReadOnly && !fileRoot,
 		log:           o.Logger,
 		buffers:       buffers,
+		calls:         newUncancelled(),
 		ended:         make(chan struct{}),
 		gone:          func() bool { return false },
 	}
@@ -378,7 +380,7 @@ const (
 
 // Fallocate punches and zeroes. Allocation within the file needs nothing: its
 // size is promised already.
-func (f *fileSystem) Fallocate(_ <-chan struct{}, in *gofuse.FallocateIn) gofuse.Status {
+func (f *fileSystem) Fallocate(cancel <-chan struct{}, in *gofuse.FallocateIn) gofuse.Status {
 	if f.readOnly {
 		return gofuse.EROFS
 	}
@@ -404,17 +406,22 @@ func (f *fileSystem) Fallocate(_ <-chan struct{}, in *gofuse.FallocateIn) gofuse
 	if punch {
 		flags = 0
 	}
-	err := f.caps.ZeroWriter.WriteZeroes(int64(in.Offset), n, flags)
+	ctx := f.requestContext(cancel, &in.InHeader)
+	defer ctx.finish()
+	off := int64(in.Offset) // in is the library's again after the answer
+	err := f.calls.call(ctx, func() error { return f.caps.ZeroWriter.WriteZeroes(off, n, flags) })
 	f.noteWrite("write zeroes", err)
 	return toStatus(err)
 }
 
 // Fsync syncs the backend. The kernel has written out what it cached before.
-func (f *fileSystem) Fsync(_ <-chan struct{}, _ *gofuse.FsyncIn) gofuse.Status {
+func (f *fileSystem) Fsync(cancel <-chan struct{}, in *gofuse.FsyncIn) gofuse.Status {
 	if f.readOnly {
 		return gofuse.OK
 	}
-	err := f.backend.Sync()
+	ctx := f.requestContext(cancel, &in.InHeader)
+	defer ctx.finish()
+	err := f.calls.call(ctx, f.backend.Sync)
 	f.noteWrite("sync", err)
 	return toStatus(err)
 }

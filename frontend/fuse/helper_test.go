@@ -54,6 +54,7 @@ func init() {
 		"seek":      helpSeek,
 		"read":      helpRead,
 		"write":     helpWrite,
+		"punch":     helpPunch,
 		"hold":      helpHold,
 		"mapread":   helpMapRead,
 		"serve":     helpServe,
@@ -431,6 +432,15 @@ func helpWrite(args []string) error {
 	}
 	fmt.Println("ok")
 	return err
+}
+
+// helpPunch punches a hole in the first page.
+func helpPunch(args []string) error {
+	fd, err := open(args[0], unix.O_RDWR)
+	if err != nil {
+		return err
+	}
+	return unix.Fallocate(fd, unix.FALLOC_FL_PUNCH_HOLE|unix.FALLOC_FL_KEEP_SIZE, 0, 4096)
 }
 
 // helpMapRead touches a page of a mapping; a failure is a SIGBUS.
