@@ -11,7 +11,6 @@ import (
 	"github.com/spf13/cobra"
 
 	"github.com/memferry/memferry"
-	"github.com/memferry/memferry/internal/control"
 	"github.com/memferry/memferry/internal/lifecycle"
 	"github.com/memferry/memferry/internal/size"
 	"github.com/memferry/memferry/region"
@@ -240,11 +239,7 @@ func (a *app) mount(ctx context.Context, url, path string, f mountFlags) error {
 
 // attend starts what looks after a session: its control socket and metrics.
 func (a *app) attend(stack *lifecycle.Stack, s *session, metrics string) error {
-	c, err := control.Listen(a.env.controlDirs(), s.path, s)
-	if err != nil {
-		return err
-	}
-	if err := stack.Push("control socket", 5*time.Second, c.Close); err != nil {
+	if err := stack.Push("control socket", 5*time.Second, s.control.Close); err != nil {
 		return err
 	}
 	if metrics == "" {

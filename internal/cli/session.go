@@ -19,6 +19,7 @@ import (
 	"github.com/memferry/memferry/backend"
 	"github.com/memferry/memferry/backend/file"
 	"github.com/memferry/memferry/frontend/fuse"
+	"github.com/memferry/memferry/internal/control"
 	"github.com/memferry/memferry/internal/size"
 	"github.com/memferry/memferry/nbd"
 	"github.com/memferry/memferry/region"
@@ -41,8 +42,10 @@ type session struct {
 	region  *region.Region   // nil for a direct mount
 	device  *fuse.Device
 
-	rates *rates
-	over  chan struct{} // closed once nothing is mounted and all is closed
+	control *control.Server
+	rates   *rates
+	ready   chan struct{} // closed once the mount is complete, or has failed and device is nil
+	over    chan struct{} // closed once nothing is mounted and all is closed
 
 	ending sync.Mutex // held by the one that unmounts; guards what follows
 	done   bool
@@ -81,7 +84,7 @@ func (a *app) openSession(ctx context.Context, rawURL, path string, o mountOptio
 	s = &session{
 		url: rawURL, path: path, identity: a.absolute(rawURL), cacheDir: o.cacheDir, started: time.Now(), log: a.log,
 		readOnly: o.readOnly || memferry.CapabilitiesOf(remote).ReadOnly,
-		state:    "mounted", over: make(chan struct{}),
+		state:    "mounted", ready: make(chan struct{}), over: make(chan struct{}),
 	}
 	if s.readOnly && !o.readOnly {
 		a.log.Info("the remote is read-only, and so is the mount", "url", rawURL)
@@ -93,18 +96,46 @@ func (a *app) openSession(ctx context.Context, rawURL, path string, o mountOptio
 			return nil, about(rawURL, err)
 		}
 	}
-	s.device, err = fuse.Mount(ctx, s.backend, path, fuse.Options{
+	if err := s.mount(ctx, a.env.controlDirs(), fuse.Options{
 		Name:       a.fileName(rawURL, o.name),
 		ReadOnly:   s.readOnly,
 		AllowOther: o.allowOther,
 		Logger:     a.log,
-	})
-	if err != nil {
+	}); err != nil {
 		return nil, errors.Join(about(path, err), s.backend.Close())
+	}
+	return s, nil
+}
+
+// mount puts the file in its place. The control socket is there first: whoever
+// sees the file can have it unmounted.
+func (s *session) mount(ctx context.Context, dirs []string, o fuse.Options) error {
+	var err error
+	if s.control, err = control.Listen(dirs, s.path, s); err != nil {
+		return err
+	}
+	s.device, err = fuse.Mount(ctx, s.backend, s.path, o)
+	if err != nil {
+		close(s.ready)
+		return errors.Join(err, s.control.Close(ctx))
 	}
 	s.rates = startRates(s.region)
 	go s.watch()
-	return s, nil
+	close(s.ready)
+	return nil
+}
+
+// mounted waits until the mount is complete.
+func (s *session) mounted(ctx context.Context) error {
+	select {
+	case <-s.ready:
+	case <-ctx.Done():
+		return context.Cause(ctx)
+	}
+	if s.device == nil {
+		return fmt.Errorf("%s: %w", s.path, control.ErrNotMounted)
+	}
+	return nil
 }
 
 // checkMountpoint fails early, before anything is opened, where mounting would
@@ -226,7 +257,12 @@ func (s *session) setState(state string) {
 }
 
 // Status implements control.Mount.
-func (s *session) Status() any { return s.status() }
+func (s *session) Status() any {
+	if err := s.mounted(context.Background()); err != nil {
+		return mountStatus{Path: s.path, URL: s.url, State: "failed", PID: os.Getpid()}
+	}
+	return s.status()
+}
 
 func (s *session) status() mountStatus {
 	s.mu.Lock()
@@ -249,6 +285,9 @@ func (s *session) status() mountStatus {
 // Sync implements control.Mount: it returns once the remote has what was
 // written before.
 func (s *session) Sync(ctx context.Context) (any, error) {
+	if err := s.mounted(ctx); err != nil {
+		return nil, err
+	}
 	start, before := time.Now(), s.pushed()
 	if err := s.fsync(); err != nil {
 		return nil, err
@@ -292,6 +331,9 @@ func (s *session) summary(start time.Time, before int64) unmountSummary {
 // Unmount implements control.Mount: it pushes while the file can still be
 // used, unmounts, and closes everything.
 func (s *session) Unmount(ctx context.Context) (any, error) {
+	if err := s.mounted(ctx); err != nil {
+		return nil, err
+	}
 	sum, err := s.unmount(ctx)
 	return sum, advise(err)
 }
