@@ -9,8 +9,9 @@ import (
 )
 
 // arenaSlots bounds the memory of reads that wait for a backend, together
-// with maxRequest. Reads beyond it queue.
-const arenaSlots = maxBackground
+// with maxRequest. Reads beyond it queue. With maxPendingInput and the program
+// itself it keeps a mount below 64 MiB, and still fills 4 Gbit/s at 50 ms.
+const arenaSlots = 24
 
 // smallRead is up to where a read uses the library's own buffer and never
 // queues, so that a short one does not wait behind long ones.

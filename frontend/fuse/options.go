@@ -22,8 +22,8 @@ const (
 	maxRequest = 1 << 20
 
 	// maxBackground bounds the reads ahead and the asynchronous requests the
-	// kernel sends before it waits for answers. Times maxRequest it is what a
-	// slow backend can keep in flight: 32 MiB fill 5 Gbit/s at 50 ms.
+	// kernel sends before it waits for answers. What is in flight to a backend
+	// is limited by arenaSlots as well.
 	maxBackground = 32
 
 	// congestionThreshold is where the kernel drops further read-ahead.
@@ -31,7 +31,7 @@ const (
 
 	// maxPendingInput bounds the memory for requests being received and
 	// written, in bytes.
-	maxPendingInput = 24 << 20
+	maxPendingInput = 16 << 20
 )
 
 // Options adjust a mount. The zero value works.
