@@ -10,26 +10,26 @@ import (
 	"github.com/memferry/memferry/internal/testenv"
 )
 
-// stuck does not return from Sync or WriteZeroes until released, as a client
+// blocked does not return from Sync or WriteZeroes until released, as a client
 // whose server is away.
-type stuck struct {
+type blocked struct {
 	*memory
 	held    chan struct{} // receives one for each call
 	release chan struct{}
 }
 
-func newStuck(t *testing.T) *stuck {
+func newBlocked(t *testing.T) *blocked {
 	t.Helper()
-	return &stuck{memory: newTestMemory(t, testSize), held: make(chan struct{}, 100), release: make(chan struct{})}
+	return &blocked{memory: newTestMemory(t, testSize), held: make(chan struct{}, 100), release: make(chan struct{})}
 }
 
-func (s *stuck) Sync() error {
+func (s *blocked) Sync() error {
 	s.held <- struct{}{}
 	<-s.release
 	return s.memory.Sync()
 }
 
-func (s *stuck) WriteZeroes(off, n int64, flags memferry.ZeroFlags) error {
+func (s *blocked) WriteZeroes(off, n int64, flags memferry.ZeroFlags) error {
 	s.held <- struct{}{}
 	<-s.release
 	return s.memory.WriteZeroes(off, n, flags)
@@ -38,7 +38,7 @@ func (s *stuck) WriteZeroes(off, n int64, flags memferry.ZeroFlags) error {
 func TestKilledCallerOfABlockedBackendEnds(t *testing.T) {
 	for _, name := range []string{"write", "punch"} {
 		t.Run(name, func(t *testing.T) {
-			s := newStuck(t)
+			s := newBlocked(t)
 			d := mountAt(t, s, t.TempDir(), Options{})
 			t.Cleanup(func() { close(s.release) }) // before the device is closed
 			cmd := helper(t, name, d.Path())
@@ -65,7 +65,7 @@ func TestKilledCallerOfABlockedBackendEnds(t *testing.T) {
 
 func TestAbortGivesUpABlockedSync(t *testing.T) {
 	testenv.Root(t)
-	s := newStuck(t)
+	s := newBlocked(t)
 	d := mountAt(t, s, t.TempDir(), Options{})
 	cmd := helper(t, "write", d.Path())
 	if err := cmd.Start(); err != nil {

@@ -28,9 +28,12 @@
 // and a garbage collection then waits for it while the goroutine that would
 // answer waits for the collection. Map it in another process. The same goes
 // for the file as standard input or output of a child between fork and exec.
-// Plain system calls on [Device.File] are safe. So are they on any path of
-// the mount, as long as the os package does not wait for it in a poller;
-// Device.File sees to that.
+// Plain system calls on [Device.File] are safe as long as the process lives,
+// and so are they on any path of the mount, unless the os package waits for it
+// in a poller; Device.File sees to that. But a process that is killed within
+// such a call waits for itself for ever, until its connection is aborted
+// (umount --force). [Device.Sync], and all that this package does itself, are
+// free of that.
 //
 // A backend must not reach its own mount, not even through another process.
 //

@@ -218,6 +218,20 @@ func (d *Device) Path() string { return d.path }
 // Passthrough reports whether the kernel reads the file without us.
 func (d *Device) Passthrough() bool { return d.fs.opens.usesPassthrough() }
 
+// Sync makes the kernel write out what it caches, and syncs the backend. The
+// process that serves the file should use it rather than File; see the
+// package's section on deadlocks.
+func (d *Device) Sync() error {
+	self := d.fs.self.Load()
+	if d.fs.readOnly || self == nil {
+		return nil
+	}
+	if err := self.with(unix.O_RDONLY, fsync); err != nil {
+		return fmt.Errorf("sync %s: %w", d.path, err)
+	}
+	return nil
+}
+
 // File opens the file. See the package's section on deadlocks.
 func (d *Device) File() (*os.File, error) {
 	flags := unix.O_RDWR

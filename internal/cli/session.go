@@ -289,25 +289,13 @@ func (s *session) Sync(ctx context.Context) (any, error) {
 		return nil, err
 	}
 	start, before := time.Now(), s.pushed()
-	if err := s.fsync(); err != nil {
+	if err := s.device.Sync(); err != nil {
 		return nil, err
 	}
 	if err := s.push(ctx); err != nil {
 		return nil, advise(err)
 	}
 	return s.summary(start, before), nil
-}
-
-// fsync makes the kernel hand over what it caches of the file.
-func (s *session) fsync() error {
-	f, err := s.device.File()
-	if err != nil {
-		return err
-	}
-	if s.readOnly {
-		return f.Close()
-	}
-	return errors.Join(f.Sync(), f.Close())
 }
 
 func (s *session) push(ctx context.Context) error {
