@@ -151,7 +151,11 @@ func (p *process) stop() error {
 // kill ends the process at once.
 func (p *process) kill() {
 	p.signal(syscall.SIGKILL)
-	<-p.done
+	select {
+	case <-p.done:
+	case <-time.After(time.Minute):
+		p.t.Errorf("%s did not end within a minute of SIGKILL: is it in D state?", p.cmd.Path)
+	}
 }
 
 // eventually waits until f returns nil, while p lives.
