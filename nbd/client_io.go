@@ -21,6 +21,9 @@ const (
 // do performs a request: it sends k, again if the connection is lost, and
 // returns the server's answer.
 func (c *Client) do(ctx context.Context, k *call) error {
+	if ctx.Err() != nil { // a select might choose the free slot
+		return context.Cause(ctx)
+	}
 	class := memferry.ClassOf(ctx)
 	slots := c.slots
 	if class == memferry.ClassDemand {
