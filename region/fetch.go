@@ -4,7 +4,6 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"sync"
 	"time"
 
 	"github.com/memferry/memferry"
@@ -104,10 +103,10 @@ func (r *Region) transfer(ctx context.Context, q *request, l *lander) error {
 	if s := r.remote.can.StreamReader; s != nil {
 		return s.ReadStream(ctx, q.off, q.n, l.piece)
 	}
-	b := fetchBuffers.Get().(*[maxFetch]byte)
-	defer fetchBuffers.Put(b)
+	b := getBuffer(min(maxFetch, q.n))
+	defer putBuffer(b)
 	for off, end := q.off, q.off+q.n; off < end; {
-		p := b[:min(maxFetch, end-off)]
+		p := (*b)[:min(maxFetch, end-off)]
 		if err := r.remote.read(ctx, p, off); err != nil {
 			return err
 		}
@@ -118,10 +117,6 @@ func (r *Region) transfer(ctx context.Context, q *request, l *lander) error {
 	}
 	return nil
 }
-
-// fetchBuffers are for remotes that can't stream. How many are in use is
-// bounded by maxBuffered and maxDemand.
-var fetchBuffers = sync.Pool{New: func() any { return new([maxFetch]byte) }}
 
 // lander takes the pieces of one request. Its methods do not overlap.
 type lander struct {

@@ -302,12 +302,12 @@ func (r *Region) sendView(ctx context.Context, off, n int64) error {
 
 // sendCopy sends from a buffer; maxBuffered bounds how many are in use.
 func (r *Region) sendCopy(ctx context.Context, off, n int64) error {
-	b := fetchBuffers.Get().(*[maxFetch]byte)
-	defer fetchBuffers.Put(b)
-	if err := r.local.read(ctx, b[:n], off); err != nil {
+	b := getBuffer(n)
+	defer putBuffer(b)
+	if err := r.local.read(ctx, *b, off); err != nil {
 		return fmt.Errorf("read local copy: %w", err)
 	}
-	_, err := r.remote.write(ctx, b[:n], off)
+	_, err := r.remote.write(ctx, *b, off)
 	return err
 }
 
