@@ -142,6 +142,9 @@ func TestClient(t *testing.T) {
 				checkReads(t, c, model)
 				checkWrites(t, c, model)
 				caps := root.CapabilitiesOf(c)
+				if err := c.Fence(t.Context(), c.Session()); caps.Fencer != nil || !errors.Is(err, root.ErrNotSupported) {
+					t.Errorf("a fence by a server that knows none: %v, capability %v", err, caps.Fencer)
+				}
 				if z := caps.ZeroWriter; z != nil {
 					if err := z.WriteZeroes(mib, 64*kib, 0); err != nil {
 						t.Errorf("WriteZeroes: %v", err)
