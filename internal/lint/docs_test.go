@@ -73,6 +73,27 @@ func TestReadmeCommands(t *testing.T) {
 	}
 }
 
+// TestReadmeExample: the Go code of the README is that of an example that the
+// compiler has seen.
+func TestReadmeExample(t *testing.T) {
+	_, rest, _ := strings.Cut(read(t, "README.md"), "```go\n")
+	code, _, ok := strings.Cut(rest, "```")
+	if !ok || strings.Contains(rest[len(code):], "```go\n") {
+		t.Fatal("README.md should have one block of Go")
+	}
+	var body strings.Builder
+	for line := range strings.Lines(code) {
+		if line != "\n" {
+			body.WriteByte('\t')
+		}
+		body.WriteString(line)
+	}
+	const example = "region/example_test.go"
+	if !strings.Contains(read(t, example), " error {\n"+body.String()+"}\n") {
+		t.Errorf("no function of %s has the body that README.md shows:\n%s", example, body.String())
+	}
+}
+
 // TestFuzzTargets: "make fuzz" finds every target the parser finds.
 func TestFuzzTargets(t *testing.T) {
 	var want []string
