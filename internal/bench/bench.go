@@ -7,7 +7,6 @@ package bench
 import (
 	"context"
 	"encoding/json"
-	"fmt"
 	"io"
 	"math/rand/v2"
 	"slices"
@@ -52,8 +51,14 @@ type Subject struct {
 
 // Report collects results in the order in which they came up.
 type Report struct {
-	results []*Result
-	errs    []string
+	results  []*Result
+	failures []failure
+}
+
+// failure is something that could not be measured.
+type failure struct {
+	group, scenario, subject string
+	err                      error
 }
 
 // Results returns all results, with their medians.
@@ -69,7 +74,7 @@ func (r *Report) Results() []Result {
 
 // Fail records that something could not be measured.
 func (r *Report) Fail(group, scenario, subject string, err error) {
-	r.errs = append(r.errs, fmt.Sprintf("%s, %s, %s: %v", group, scenario, subject, err))
+	r.failures = append(r.failures, failure{group, scenario, subject, err})
 }
 
 func (r *Report) add(group, scenario, subject string, v Value) {
@@ -132,7 +137,8 @@ func Percentile(samples []float64, p float64) float64 {
 // Compare runs the subjects once to warm up and then Rounds times, in a new
 // random order each time, and records what they measure. A machine whose speed
 // drifts is then as unfair to one as to another. A subject that fails is
-// reported and left out of the rounds that follow.
+// reported and left out: what it measured before is dropped, for a median of
+// fewer rounds than the others' would not be told from theirs.
 func (e *Env) Compare(ctx context.Context, group, scenario string, subjects ...Subject) {
 	measured := make([][]Value, len(subjects))
 	failed := make([]bool, len(subjects))
@@ -147,7 +153,7 @@ func (e *Env) Compare(ctx context.Context, group, scenario string, subjects ...S
 			values, err := s.Run(one)
 			cancel()
 			if err != nil {
-				failed[i] = true
+				failed[i], measured[i] = true, nil
 				e.Report.Fail(group, scenario, s.Name, err)
 				e.logf("%s, %s: %s: %v", group, scenario, s.Name, err)
 				continue
@@ -165,4 +171,4 @@ func (e *Env) Compare(ctx context.Context, group, scenario string, subjects ...S
 }
 
 // runLimit bounds one run of one subject.
-const runLimit = 5 * time.Minute
+const runLimit = 2 * time.Minute

@@ -3,8 +3,14 @@ package bench
 import (
 	"context"
 	"errors"
+	"io/fs"
+	"os"
+	"path/filepath"
 	"strings"
 	"testing"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/memferry/memferry/internal/testenv"
 )
@@ -67,8 +73,82 @@ func TestCompareAndJudge(t *testing.T) {
 		t.Errorf("got  %s\nwant %s", s, want)
 	}
 	var b strings.Builder
-	e.Report.WriteTables(&b, verdicts)
-	if !strings.Contains(b.String(), "| s | rate | fast | 200 | MB/s | 5 |") || !strings.Contains(b.String(), "no luck") {
-		t.Errorf("tables:\n%s", b.String())
+	e.Report.WriteTables(&b, []Goal{
+		{"g", "s", "rate", "us", []string{"slow"}, Higher, 1.5},
+		{"g", "s", "rate", "broken", []string{"slow"}, Higher, 1.5},
+		{"another", "s", "rate", "us", []string{"slow"}, Higher, 1.5},
+	})
+	for _, want := range []string{"### g\n", "1 of 2 goals met", "| s | rate | fast | 200 | MB/s | 5 |", "- s, broken: no luck\n"} {
+		if !strings.Contains(b.String(), want) {
+			t.Errorf("no %q in the tables:\n%s", want, b.String())
+		}
+	}
+}
+
+// TestFailureDropsEarlierRounds: a median of fewer rounds is none, and a goal
+// of which nothing could be measured is told, not left out.
+func TestFailureDropsEarlierRounds(t *testing.T) {
+	e := &Env{Rounds: 5, Log: t.Output(), Report: &Report{}}
+	runs := 0
+	e.Compare(t.Context(), "g", "s", Subject{"us", func(context.Context) ([]Value, error) {
+		if runs++; runs > 3 {
+			return nil, errors.New("gone")
+		}
+		return []Value{{"rate", "MB/s", Higher, 1}}, nil
+	}})
+	if r := e.Report.Results(); len(r) != 0 {
+		t.Errorf("kept %v", r)
+	}
+	v := e.Report.Judge([]Goal{{"g", "s", "rate", "us", nil, Higher, 1}})
+	if len(v) != 1 || v[0].word() != "not measured" {
+		t.Errorf("verdicts %v", v)
+	}
+}
+
+func TestSplice(t *testing.T) {
+	const doc = "a\n<!-- bench x -->\nold\n<!-- end x -->\nb\n"
+	got, err := Splice(doc, "x", "\nnew\n")
+	if want := "a\n<!-- bench x -->\n\nnew\n\n<!-- end x -->\nb\n"; err != nil || got != want {
+		t.Errorf("got %q, error %v", got, err)
+	}
+	if again, err := Splice(got, "x", "new"); err != nil || again != got {
+		t.Errorf("not the same the second time: %q, error %v", again, err)
+	}
+	if _, err := Splice(doc, "y", "new"); err == nil || !strings.Contains(err.Error(), "<!-- bench y -->") {
+		t.Errorf("error %v", err)
+	}
+}
+
+// TestNothingIsLeftMounted: closing the environment takes away what a step that
+// was cut short left mounted.
+func TestNothingIsLeftMounted(t *testing.T) {
+	testenv.Root(t)
+	e := &Env{dir: t.TempDir(), bin: t.TempDir()}
+	at := filepath.Join(e.dir, "m1")
+	if err := os.Mkdir(at, 0o700); err != nil {
+		t.Fatal(err)
+	}
+	if err := unix.Mount("none", at, "tmpfs", 0, ""); err != nil {
+		t.Fatal(err)
+	}
+	if err := e.Close(); err != nil {
+		t.Error(err)
+	}
+	if _, err := os.Lstat(e.dir); !errors.Is(err, fs.ErrNotExist) {
+		t.Errorf("%s is still there", e.dir)
+	}
+}
+
+// TestHungStepIsCut: a program that never ends is cut at the step's limit, and
+// so is one that leaves a child behind which holds its output.
+func TestHungStepIsCut(t *testing.T) {
+	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	defer cancel()
+	begin := time.Now()
+	if _, _, err := run(ctx, "sh", "-c", "sleep 300 & sleep 300"); err == nil {
+		t.Error("no error")
+	}
+	if took := time.Since(begin); took > 100*time.Second {
+		t.Errorf("took %v", took)
 	}
 }

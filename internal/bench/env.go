@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"slices"
 	"strconv"
 	"strings"
 	"syscall"
@@ -54,7 +55,7 @@ func Open(ctx context.Context, o Options) (*Env, error) {
 		e.Size = 1 << 30
 	}
 	if e.Seconds == 0 {
-		e.Seconds = 3
+		e.Seconds = 2
 	}
 	if e.Log == nil {
 		e.Log = io.Discard
@@ -75,14 +76,40 @@ func Open(ctx context.Context, o Options) (*Env, error) {
 	return e, nil
 }
 
-// Close removes what Open made.
-func (e *Env) Close() error { return errors.Join(os.RemoveAll(e.dir), os.RemoveAll(e.bin)) }
+// buildLimit bounds building the programs, with an empty cache.
+const buildLimit = 10 * time.Minute
+
+// Close removes what Open made, and unmounts what a step that was cut short
+// left mounted there.
+func (e *Env) Close() error {
+	return errors.Join(e.detachMounts(), os.RemoveAll(e.dir), os.RemoveAll(e.bin))
+}
+
+// detachMounts unmounts everything below dir, the latest first. Mountpoints are
+// the fifth field of a line of mountinfo (proc(5)).
+func (e *Env) detachMounts() error {
+	text, err := os.ReadFile("/proc/self/mountinfo")
+	if err != nil {
+		return err
+	}
+	lines := strings.Split(string(text), "\n")
+	slices.Reverse(lines)
+	for _, line := range lines {
+		f := strings.Fields(line)
+		if len(f) > 4 && strings.HasPrefix(f[4], e.dir+"/") {
+			err = errors.Join(err, unix.Unmount(f[4], unix.MNT_DETACH))
+		}
+	}
+	return err
+}
 
 func (e *Env) logf(format string, args ...any) {
 	fmt.Fprintf(e.Log, time.Now().Format("15:04:05 ")+format+"\n", args...)
 }
 
 func (e *Env) prepare(ctx context.Context) error {
+	ctx, cancel := context.WithTimeout(ctx, buildLimit)
+	defer cancel()
 	e.memferry = filepath.Join(e.bin, "memferry")
 	build := exec.CommandContext(ctx, "go", "build", "-o", e.memferry, "github.com/memferry/memferry/cmd/memferry")
 	build.Env = append(os.Environ(), "CGO_ENABLED=0")
@@ -201,6 +228,12 @@ func (p *process) until(what string, ready func() bool) error {
 	return nil
 }
 
+// killWith kills the process when ctx ends before release is called: a read
+// from the file system that it serves then fails, where it would hang for ever.
+func (p *process) killWith(ctx context.Context) (release func() bool) {
+	return context.AfterFunc(ctx, func() { _ = p.cmd.Process.Kill() })
+}
+
 // stop ends the process, kindly first.
 func (p *process) stop() {
 	_ = p.cmd.Process.Signal(syscall.SIGTERM) // it may be gone
@@ -271,6 +304,7 @@ func (p *process) ownMemory() int64 {
 // run runs a program to its end and returns how long it took.
 func run(ctx context.Context, name string, args ...string) (time.Duration, []byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
+	cmd.WaitDelay = 5 * time.Second // a child of its own may hold the pipes
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	begin := time.Now()

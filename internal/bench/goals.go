@@ -2,8 +2,8 @@ package bench
 
 import (
 	"fmt"
-	"io"
 	"math"
+	"slices"
 	"strings"
 )
 
@@ -38,14 +38,10 @@ func (r *Report) Judge(goals []Goal) []Verdict {
 	return out
 }
 
-// ran tells whether anything of a scenario was measured.
+// ran tells whether anything of a scenario was measured, or should have been.
 func (r *Report) ran(group, scenario string) bool {
-	for _, x := range r.results {
-		if x.Group == group && x.Scenario == scenario {
-			return true
-		}
-	}
-	return false
+	return slices.ContainsFunc(r.results, func(x *Result) bool { return x.Group == group && x.Scenario == scenario }) ||
+		slices.ContainsFunc(r.failures, func(f failure) bool { return f.group == group && f.scenario == scenario })
 }
 
 func (r *Report) judge(g Goal) Verdict {
@@ -84,7 +80,8 @@ func nbdGoals() []Goal {
 	var out []Goal
 	all := []string{"nbdkit memory", "qemu-nbd", "go-nbd memory"}
 	for _, network := range []string{"unix", "tcp"} {
-		for ours, theirs := range map[string]string{"memferry mem": "nbdkit memory", "memferry file": "nbdkit file"} {
+		for _, pair := range [][2]string{{"memferry mem", "nbdkit memory"}, {"memferry file", "nbdkit file"}} {
+			ours, theirs := pair[0], pair[1]
 			out = append(out,
 				Goal{"nbd", "read " + network, "rate", ours, []string{theirs}, Higher, 1.15},
 				Goal{"nbd", "write " + network, "rate", ours, []string{theirs}, Higher, 1.1},
@@ -133,32 +130,6 @@ func memoryGoals() []Goal {
 		{"memory", "under load", "resident", "mount", nil, Lower, 64},
 		{"memory", "1 TiB sparse", "resident", "mount", nil, Lower, 100},
 		{"memory", "1 TiB sparse", "ready", "mount", nil, Lower, 1000},
-	}
-}
-
-// WriteTables prints the results and the verdicts as Markdown.
-func (r *Report) WriteTables(w io.Writer, verdicts []Verdict) {
-	group := ""
-	for _, x := range r.Results() {
-		if x.Group != group {
-			group = x.Group
-			fmt.Fprintf(w, "\n### %s\n\n| scenario | metric | who | median | unit | runs |\n| --- | --- | --- | --- | --- | --- |\n", group)
-		}
-		fmt.Fprintf(w, "| %s | %s | %s | %s | %s | %d |\n", x.Scenario, x.Metric, x.Subject, figure(x.Median), x.Unit, len(x.Samples))
-	}
-	if len(verdicts) > 0 {
-		fmt.Fprint(w, "\n### Goals\n\n| scenario | metric | comparison | goal | measured | |\n| --- | --- | --- | --- | --- | --- |\n")
-		for _, v := range verdicts {
-			fmt.Fprintf(w, "| %s, %s | %s | %s | %s | %s | %s |\n",
-				v.Goal.Group, v.Goal.Scenario, v.Goal.Metric, v.Goal.comparison(), v.Goal.bound(), v.measured(), v.word())
-		}
-	}
-	if len(r.errs) > 0 {
-		fmt.Fprint(w, "\n### Not measured\n\n")
-		for _, e := range r.errs {
-			line, _, _ := strings.Cut(e, "\n")
-			fmt.Fprintf(w, "- %s\n", line)
-		}
 	}
 }
 

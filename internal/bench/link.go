@@ -90,20 +90,20 @@ func (e *Env) linkAt(ctx context.Context, rtt time.Duration) error {
 
 	// One request at a time takes a round trip each: nbdfuse reads as much as a
 	// few seconds allow, which tells its rate as well.
-	fuseBytes := min(size, max(4<<20, int64(5*time.Second/rtt)*128<<10))
+	fuseBytes := min(size, max(4<<20, int64(3*time.Second/rtt)*128<<10))
 
 	e.Compare(ctx, "link", "cat"+at,
-		Subject{"memferry", func(context.Context) ([]Value, error) { return e.freshCat(ours.uri("d"), size) }},
+		Subject{"memferry", func(ctx context.Context) ([]Value, error) { return e.freshCat(ctx, ours.uri("d"), size) }},
 		Subject{"nbdcopy 4x64", func(ctx context.Context) ([]Value, error) {
 			took, _, err := run(ctx, "nbdcopy", append(copyURI, kit.uri(""), "null:")...)
 			return []Value{rate("rate", size, took)}, err
 		}},
-		Subject{"nbdfuse", func(context.Context) ([]Value, error) { return e.nbdfuseCat(kit.uri(""), fuseBytes) }},
+		Subject{"nbdfuse", func(ctx context.Context) ([]Value, error) { return e.nbdfuseCat(ctx, kit.uri(""), fuseBytes) }},
 	)
 	e.Compare(ctx, "link", "first byte"+at,
-		Subject{"memferry", func(context.Context) ([]Value, error) { return e.firstByte(ours.uri("d"), size) }})
+		Subject{"memferry", func(ctx context.Context) ([]Value, error) { return e.firstByte(ctx, ours.uri("d"), size) }})
 	e.Compare(ctx, "link", "4K during the pull"+at,
-		Subject{"memferry", func(context.Context) ([]Value, error) { return e.during(ours.uri("d"), size) }})
+		Subject{"memferry", func(ctx context.Context) ([]Value, error) { return e.during(ctx, ours.uri("d"), size) }})
 	e.Compare(ctx, "link", "push"+at,
 		Subject{"memferry", func(ctx context.Context) ([]Value, error) { return e.push(ctx, ours.uri("d"), size, source) }},
 		Subject{"nbdcopy 4x64", func(ctx context.Context) ([]Value, error) {
@@ -123,9 +123,9 @@ func (e *Env) truncatedCopy(path string, n int64) error {
 
 // freshCat mounts and reads everything: its rate from the open on, and from the
 // start of the mount command on.
-func (e *Env) freshCat(uri string, size int64) ([]Value, error) {
+func (e *Env) freshCat(ctx context.Context, uri string, size int64) ([]Value, error) {
 	begin := time.Now()
-	m, err := e.mount(uri, "--io-timeout=2m")
+	m, err := e.mount(ctx, uri, "--io-timeout=2m")
 	if err != nil {
 		return nil, err
 	}
@@ -134,8 +134,8 @@ func (e *Env) freshCat(uri string, size int64) ([]Value, error) {
 	return []Value{rate("rate", size, took), rate("rate with mounting", size, all)}, errors.Join(err, m.umount())
 }
 
-func (e *Env) nbdfuseCat(uri string, n int64) ([]Value, error) {
-	m, err := e.nbdfuse(uri)
+func (e *Env) nbdfuseCat(ctx context.Context, uri string, n int64) ([]Value, error) {
+	m, err := e.nbdfuse(ctx, uri)
 	if err != nil {
 		return nil, err
 	}
@@ -144,8 +144,8 @@ func (e *Env) nbdfuseCat(uri string, n int64) ([]Value, error) {
 }
 
 // firstByte opens a fresh mount and reads 4 KiB somewhere.
-func (e *Env) firstByte(uri string, size int64) ([]Value, error) {
-	m, err := e.mount(uri, "--io-timeout=2m")
+func (e *Env) firstByte(ctx context.Context, uri string, size int64) ([]Value, error) {
+	m, err := e.mount(ctx, uri, "--io-timeout=2m")
 	if err != nil {
 		return nil, err
 	}
@@ -180,8 +180,8 @@ const (
 // the mount is there until all is local, and returns high percentiles. Reads
 // of what is local already are part of it: so the application sees it. The
 // slowest of the first reads, which are not, are told apart by the p99.
-func (e *Env) during(uri string, size int64) ([]Value, error) {
-	m, err := e.mount(uri, "--io-timeout=2m")
+func (e *Env) during(ctx context.Context, uri string, size int64) ([]Value, error) {
+	m, err := e.mount(ctx, uri, "--io-timeout=2m")
 	if err != nil {
 		return nil, err
 	}
@@ -247,7 +247,7 @@ func randomAccess(f *os.File, size int64, end time.Time) (reads, writes []float6
 // time from then on until all of it is synced at the server. The time from the
 // first write on is told beside it.
 func (e *Env) push(ctx context.Context, uri string, size int64, source string) ([]Value, error) {
-	m, err := e.mount(uri, "--pull=none", "--io-timeout=2m", "--push-interval=-1s", "--push-idle=-1s", "--push-backlog=1T")
+	m, err := e.mount(ctx, uri, "--pull=none", "--io-timeout=2m", "--push-interval=-1s", "--push-idle=-1s", "--push-backlog=1T")
 	if err != nil {
 		return nil, err
 	}

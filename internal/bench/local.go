@@ -34,7 +34,7 @@ func Direct(ctx context.Context, e *Env) error {
 // mountLife mounts and does what people do, one after the other.
 func (e *Env) mountLife(ctx context.Context, uri string, flags ...string) ([]Value, error) {
 	begin := time.Now()
-	m, err := e.mount(uri, flags...)
+	m, err := e.mount(ctx, uri, flags...)
 	if err != nil {
 		return nil, err
 	}
@@ -93,8 +93,8 @@ func Memory(ctx context.Context, e *Env) error {
 			_, _, err := run(ctx, "nbdcopy", "--connections=8", "--requests=64", "--request-size=1048576", at.uri("d"), "null:")
 			return []Value{mebibytes(most())}, err
 		}},
-		Subject{"mount", func(context.Context) ([]Value, error) {
-			m, err := e.mount(at.uri("d"))
+		Subject{"mount", func(ctx context.Context) ([]Value, error) {
+			m, err := e.mount(ctx, at.uri("d"))
 			if err != nil {
 				return nil, err
 			}
@@ -104,13 +104,13 @@ func Memory(ctx context.Context, e *Env) error {
 		}},
 	)
 	e.Compare(ctx, "memory", "1 TiB sparse",
-		Subject{"mount", func(context.Context) ([]Value, error) { return e.mountHuge(at.uri("huge")) }})
+		Subject{"mount", func(ctx context.Context) ([]Value, error) { return e.mountHuge(ctx, at.uri("huge")) }})
 	return ctx.Err()
 }
 
-func (e *Env) mountHuge(uri string) ([]Value, error) {
+func (e *Env) mountHuge(ctx context.Context, uri string) ([]Value, error) {
 	begin := time.Now()
-	m, err := e.mount(uri)
+	m, err := e.mount(ctx, uri)
 	if err != nil {
 		return nil, err
 	}

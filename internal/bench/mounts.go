@@ -29,15 +29,20 @@ func (e *Env) mountpoint() string {
 	return filepath.Join(e.dir, "m"+strconv.Itoa(e.sockets))
 }
 
-// mount runs "memferry mount" in the foreground until the file is there.
-func (e *Env) mount(uri string, flags ...string) (*mounted, error) {
+// mount runs "memferry mount" in the foreground until the file is there. The
+// mount ends with ctx at the latest.
+func (e *Env) mount(ctx context.Context, uri string, flags ...string) (*mounted, error) {
 	path := e.mountpoint()
 	p, err := start(e.memferry, append(append([]string{"mount"}, flags...), uri, path)...)
 	if err != nil {
 		return nil, err
 	}
+	release := p.killWith(ctx)
 	m := &mounted{p, path, path, func(m *mounted) error {
-		_, _, err := run(context.Background(), e.memferry, "umount", m.at)
+		defer release()
+		ctx, cancel := context.WithTimeout(context.WithoutCancel(ctx), runLimit)
+		defer cancel()
+		_, _, err := run(ctx, e.memferry, "umount", m.at)
 		select {
 		case <-m.done:
 		case <-time.After(patience):
@@ -57,7 +62,7 @@ func (e *Env) mount(uri string, flags ...string) (*mounted, error) {
 }
 
 // nbdfuse mounts with libnbd's nbdfuse.
-func (e *Env) nbdfuse(uri string) (*mounted, error) {
+func (e *Env) nbdfuse(ctx context.Context, uri string) (*mounted, error) {
 	dir := e.mountpoint()
 	if err := os.Mkdir(dir, 0o700); err != nil {
 		return nil, err
@@ -66,7 +71,9 @@ func (e *Env) nbdfuse(uri string) (*mounted, error) {
 	if err != nil {
 		return nil, err
 	}
+	release := p.killWith(ctx)
 	m := &mounted{p, filepath.Join(dir, "nbd"), dir, func(m *mounted) error {
+		defer release()
 		err := unix.Unmount(m.at, 0)
 		if err != nil {
 			err = fmt.Errorf("unmount nbdfuse: %w", err)
@@ -99,11 +106,18 @@ func FUSE(ctx context.Context, e *Env) error {
 	}
 	defer theirs.close()
 
-	files := []struct{ name, path string }{{"memferry", ours.path}, {"nbdfuse on nbdkit", theirs.path}}
+	files := []struct {
+		name string
+		*localFile
+	}{{"memferry", ours}, {"nbdfuse on nbdkit", theirs}}
 	compare := func(scenario string, measure func(ctx context.Context, path string) ([]Value, error)) {
 		var subjects []Subject
 		for _, f := range files {
-			subjects = append(subjects, Subject{f.name, func(ctx context.Context) ([]Value, error) { return measure(ctx, f.path) }})
+			subjects = append(subjects, Subject{f.name, func(ctx context.Context) ([]Value, error) {
+				release := f.killWith(ctx)
+				defer release()
+				return measure(ctx, f.path)
+			}})
 		}
 		e.Compare(ctx, "fuse", scenario, subjects...)
 	}
@@ -167,12 +181,12 @@ func (e *Env) passthrough(ctx context.Context) error {
 
 // localFile is a mount with all that stands behind it.
 type localFile struct {
-	path  string
+	*mounted
 	close func()
 }
 
 // localMount mounts the data and waits until all of it is here.
-func (e *Env) localMount(_ context.Context, flags ...string) (*localFile, error) {
+func (e *Env) localMount(ctx context.Context, flags ...string) (*localFile, error) {
 	at, err := e.endpoint("unix")
 	if err != nil {
 		return nil, err
@@ -181,17 +195,21 @@ func (e *Env) localMount(_ context.Context, flags ...string) (*localFile, error)
 	if err != nil {
 		return nil, err
 	}
-	m, err := e.mount(at.uri("d"), flags...)
+	m, err := e.mount(ctx, at.uri("d"), flags...)
 	if err != nil {
 		s.stop()
 		return nil, err
 	}
-	f := &localFile{m.path, func() {
+	f := &localFile{m, func() {
 		if err := m.umount(); err != nil {
 			e.logf("umount: %v", err)
 		}
 		s.stop()
 	}}
+	limited, cancel := context.WithTimeout(ctx, runLimit)
+	defer cancel()
+	release := m.killWith(limited)
+	defer release()
 	if _, _, err := cat(m.path, e.Size); err != nil {
 		f.close()
 		return nil, err
@@ -216,12 +234,12 @@ func (e *Env) localNbdfuse(ctx context.Context) (*localFile, error) {
 		s.stop()
 		return nil, err
 	}
-	m, err := e.nbdfuse(at.uri(""))
+	m, err := e.nbdfuse(ctx, at.uri(""))
 	if err != nil {
 		s.stop()
 		return nil, err
 	}
-	return &localFile{m.path, func() {
+	return &localFile{m, func() {
 		if err := m.umount(); err != nil {
 			e.logf("umount: %v", err)
 		}

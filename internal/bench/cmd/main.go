@@ -10,9 +10,13 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"runtime"
 	"slices"
 	"strings"
 	"syscall"
+	"time"
+
+	"golang.org/x/sys/unix"
 
 	"github.com/memferry/memferry/internal/bench"
 )
@@ -46,12 +50,16 @@ func run(ctx context.Context) error {
 	quick := flag.Bool("quick", false, "small sizes and one round: shows that it works, not how fast it is")
 	rounds := flag.Int("rounds", 5, "measurements of each subject")
 	size := flag.Int64("size", 1<<30, "bytes that the sequential scenarios move")
-	seconds := flag.Int("seconds", 3, "length of the timed scenarios")
+	seconds := flag.Int("seconds", 2, "length of the timed scenarios")
+	doc := flag.String("o", "", "also replace the sections of the groups that ran in this Markdown file")
 	jsonFile := flag.String("json", "", "also write the raw results to this file, one JSON object a line")
 	flag.Parse()
 	o := bench.Options{Rounds: *rounds, Size: *size, Seconds: *seconds, Log: os.Stderr}
 	if *quick {
 		o.Rounds, o.Size, o.Seconds = 1, 64<<20, 1
+	}
+	if *doc != "" && o.Rounds < 5 {
+		return fmt.Errorf("-o %s: a median of %d rounds is no figure to keep; run at least 5", *doc, o.Rounds)
 	}
 	selected := strings.Split(*which, ",")
 	for _, s := range selected {
@@ -70,15 +78,49 @@ func run(ctx context.Context) error {
 	}
 	for _, g := range groups {
 		if slices.Contains(selected, "all") || slices.Contains(selected, g.name) {
+			begin := time.Now()
 			if gerr := g.run(ctx, e); gerr != nil {
 				err = errors.Join(err, fmt.Errorf("%s: %w", g.name, gerr))
 			}
+			fmt.Fprintf(os.Stderr, "group %s took %v\n", g.name, time.Since(begin).Round(time.Second))
 		}
 	}
-	e.Report.WriteTables(os.Stdout, e.Report.Judge(bench.Goals()))
+	e.Report.WriteTables(os.Stdout, bench.Goals())
+	if *doc != "" && err == nil {
+		err = writeDoc(*doc, e.Report, o)
+	}
 	if *jsonFile != "" {
 		var b bytes.Buffer
 		err = errors.Join(err, e.Report.WriteJSON(&b), os.WriteFile(*jsonFile, b.Bytes(), 0o644))
 	}
 	return errors.Join(err, e.Close())
+}
+
+// writeDoc replaces the sections of the groups that ran in a document.
+func writeDoc(path string, r *bench.Report, o bench.Options) error {
+	b, err := os.ReadFile(path)
+	if err != nil {
+		return err
+	}
+	text := string(b)
+	for _, group := range r.Groups() {
+		var section strings.Builder
+		fmt.Fprintf(&section, "%s\n\n", circumstances(o))
+		r.WriteGroup(&section, group, bench.Goals())
+		if text, err = bench.Splice(text, group, section.String()); err != nil {
+			return fmt.Errorf("%s: %w", path, err)
+		}
+	}
+	return os.WriteFile(path, []byte(text), 0o644)
+}
+
+// circumstances says when and on what a section was measured.
+func circumstances(o bench.Options) string {
+	kernel := "unknown"
+	var u unix.Utsname
+	if unix.Uname(&u) == nil {
+		kernel = unix.ByteSliceToString(u.Release[:])
+	}
+	return fmt.Sprintf("Measured on %s: %d processors, Linux %s, %s, %d MiB of data, medians of %d rounds.",
+		time.Now().Format(time.DateOnly), runtime.NumCPU(), kernel, runtime.Version(), o.Size>>20, o.Rounds)
 }
