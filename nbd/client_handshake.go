@@ -132,40 +132,43 @@ func (h *clientHandshake) failed(ctx context.Context, err error) error {
 	return fmt.Errorf("nbd: %s: %w", h.uri, err)
 }
 
-// negotiate leads to the transmission phase. All options are sent at once, so
-// that they cost one round trip after the greeting.
+// negotiate leads to the transmission phase. An option is sent once the one
+// before it has its final reply, as the protocol wants ("Option haggling").
 func (h *clientHandshake) negotiate() error {
 	flags, err := h.greet()
 	if err != nil {
 		return err
 	}
-	client := h.clientFlags(flags)
+	client := appendClientFlags(nil, h.clientFlags(flags))
 	if flags&flagFixedNewstyle == 0 {
-		return h.exportName(appendClientFlags(nil, client))
+		return h.exportName(client)
 	}
-	b := appendClientFlags(nil, client)
-	b = appendOption(b, optStructuredReply, nil)
-	b = appendOption(b, optSetMetaContext, appendMetaRequest(nil, metaRequest{h.uri.Export, []string{contextBase, contextGeneration, contextSession + h.as.id}}))
-	if _, err := h.nc.Write(b); err != nil {
+	if err := h.structured(client); err != nil {
 		return err
 	}
-	if h.info.Structured, err = h.structured(); err != nil {
-		return err
-	}
-	if err := h.metaContexts(optSetMetaContext); err != nil {
-		return err
+	if h.info.Structured { // metadata contexts are of no use without
+		if err := h.send(optSetMetaContext, appendMetaRequest(nil, metaRequest{h.uri.Export, []string{contextBase, contextGeneration, contextSession + h.as.id}})); err != nil {
+			return err
+		}
+		if err := h.metaContexts(optSetMetaContext); err != nil {
+			return err
+		}
 	}
 	if err := h.fenceBroken(); err != nil {
 		return err
 	}
-	b = appendOption(nil, optGo, appendInfoRequest(nil, infoRequest{h.uri.Export, []uint16{infoTypeBlockSize, infoTypeDescription}}))
-	if _, err := h.nc.Write(b); err != nil {
+	if err := h.send(optGo, appendInfoRequest(nil, infoRequest{h.uri.Export, []uint16{infoTypeBlockSize, infoTypeDescription}})); err != nil {
 		return err
 	}
 	err = h.infoReplies(optGo)
 	if errors.Is(err, memferry.ErrNotSupported) {
 		return h.exportName(nil)
 	}
+	return err
+}
+
+func (h *clientHandshake) send(option uint32, data []byte) error {
+	_, err := h.nc.Write(appendOption(nil, option, data))
 	return err
 }
 
@@ -263,9 +266,16 @@ func (h *clientHandshake) each(option uint32, fn func(typ uint32, data []byte) e
 	return optionReplyHeader{}, nil, protocolErrorf("more than %d replies to %s", maxOptionReplies, optionName(option))
 }
 
-func (h *clientHandshake) structured() (bool, error) {
-	r, _, err := h.each(optStructuredReply, func(uint32, []byte) error { return nil })
-	return r.typ == repAck, err
+// structured asks for structured replies. The client's flags go before that.
+func (h *clientHandshake) structured(flags []byte) error {
+	if _, err := h.nc.Write(appendOption(flags, optStructuredReply, nil)); err != nil {
+		return err
+	}
+	r, _, err := h.each(optStructuredReply, func(typ uint32, _ []byte) error {
+		return protocolErrorf("reply %d to %s", typ, optionName(optStructuredReply))
+	})
+	h.info.Structured = err == nil && r.typ == repAck
+	return err
 }
 
 // metaContexts reads the replies to SET or LIST_META_CONTEXT; a refusal means
@@ -378,11 +388,7 @@ func query(ctx context.Context, uri URI, o ClientOptions, f func(*clientHandshak
 		err = fmt.Errorf("server's handshake is too old to ask it: %w", memferry.ErrNotSupported)
 	}
 	if err == nil {
-		b := appendClientFlags(nil, h.clientFlags(flags))
-		b = appendOption(b, optStructuredReply, nil)
-		if _, err = h.nc.Write(b); err == nil {
-			h.info.Structured, err = h.structured()
-		}
+		err = h.structured(appendClientFlags(nil, h.clientFlags(flags)))
 	}
 	if err == nil {
 		err = f(h)
@@ -422,7 +428,7 @@ func List(ctx context.Context, uri URI, o ClientOptions) ([]ExportInfo, error) {
 }
 
 func (h *clientHandshake) list() ([]serverReply, error) {
-	if _, err := h.nc.Write(appendOption(nil, optList, nil)); err != nil {
+	if err := h.send(optList, nil); err != nil {
 		return nil, err
 	}
 	var names []serverReply
@@ -448,8 +454,7 @@ func (h *clientHandshake) list() ([]serverReply, error) {
 
 // ask fills info by INFO.
 func (h *clientHandshake) ask() error {
-	b := appendOption(nil, optInfo, appendInfoRequest(nil, infoRequest{h.uri.Export, []uint16{infoTypeBlockSize, infoTypeDescription}}))
-	if _, err := h.nc.Write(b); err != nil {
+	if err := h.send(optInfo, appendInfoRequest(nil, infoRequest{h.uri.Export, []uint16{infoTypeBlockSize, infoTypeDescription}})); err != nil {
 		return err
 	}
 	return h.infoReplies(optInfo)
@@ -460,8 +465,7 @@ func (h *clientHandshake) ask() error {
 func (c *Client) Generation(ctx context.Context) (string, error) {
 	tag := ""
 	err := query(ctx, c.uri, c.opt, func(h *clientHandshake) error {
-		b := appendOption(nil, optListMetaContext, appendMetaRequest(nil, metaRequest{c.uri.Export, []string{contextGeneration}}))
-		if _, err := h.nc.Write(b); err != nil {
+		if err := h.send(optListMetaContext, appendMetaRequest(nil, metaRequest{c.uri.Export, []string{contextGeneration}})); err != nil {
 			return err
 		}
 		err := h.metaContexts(optListMetaContext)
