@@ -111,8 +111,10 @@ type Options struct {
 	// ReadOnly refuses writes.
 	ReadOnly bool
 	// Priority ranks chunks for the background pull: higher first, equal ones
-	// in ascending order. It is called once per chunk and must be a pure
-	// function. nil means the same for all.
+	// in ascending order. It must be a pure function of the chunk: it is called
+	// from another goroutine, though never concurrently, and again for a chunk
+	// that is still absent when the chunks are ranked anew, which is so after a
+	// failed fetch and in regions of many chunks. nil means the same for all.
 	Priority func(chunk int64) int
 	// Store remembers presence and dirtiness across restarts; nil means that
 	// the local backend is volatile.

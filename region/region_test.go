@@ -175,31 +175,6 @@ func TestWriteTakesFetchOver(t *testing.T) {
 	eventually(t, "dropped bytes counted", func() bool { return r.Stats().DroppedBytes >= 3*pageSize })
 }
 
-func TestPriorityOrder(t *testing.T) {
-	const chunkSize, chunks = 64 << 10, 1024
-	f := newRemote(pattern(chunks*chunkSize, 1))
-	r := open2(t, f, newLocal(chunks*chunkSize), Options{ChunkSize: chunkSize, Priority: func(c int64) int {
-		return int(c * 37 % chunks)
-	}})
-	if err := r.Pull(deadline(t)); err != nil {
-		t.Fatal(err)
-	}
-	// Requests in flight may overtake each other, but no more than that.
-	latest := -1
-	for i, o := range f.calls("read") {
-		p := int(o.off / chunkSize * 37 % chunks)
-		if p >= chunks/2 {
-			latest = i
-		}
-		if i < chunks/8 && p < chunks/2 {
-			t.Fatalf("request %d has priority %d", i, p)
-		}
-	}
-	if latest > chunks*7/8 {
-		t.Fatalf("request %d is one of high priority", latest)
-	}
-}
-
 func TestReadAheadGrows(t *testing.T) {
 	const size = 64 << 20
 	f := newRemote(pattern(size, 1))
@@ -522,6 +497,42 @@ func TestResidentReadAllocatesNothing(t *testing.T) {
 			}
 		}); n != 0 {
 			t.Fatalf("%v: %v allocations", mode, n)
+		}
+	}
+}
+
+// TestResidentReadTakesNoLock reads what is local while somebody else holds the
+// region's lock.
+func TestResidentReadTakesNoLock(t *testing.T) {
+	const size = 4 << 20
+	for _, mode := range []PullMode{PullFull, PullDemand} {
+		remote, _ := mem.New(size)
+		local, _ := mem.New(size)
+		r := open2(t, remote, local, Options{Pull: mode})
+		p := make([]byte, pageSize)
+		if _, err := r.ReadAt(p, pageSize); err != nil {
+			t.Fatal(err)
+		}
+		if mode == PullFull {
+			if err := r.Pull(deadline(t)); err != nil {
+				t.Fatal(err)
+			}
+		}
+		done := make(chan error, 1)
+		r.mu.Lock()
+		go func() {
+			_, err := r.ReadAt(p, pageSize)
+			done <- err
+		}()
+		var err error
+		select {
+		case err = <-done:
+		case <-deadline(t).Done():
+			err = context.DeadlineExceeded
+		}
+		r.mu.Unlock()
+		if err != nil {
+			t.Fatalf("%v: %v", mode, err)
 		}
 	}
 }
