@@ -36,8 +36,9 @@ const (
 )
 
 // ErrSyncLost is returned by the first Sync after a connection broke while
-// writes that no Sync had covered were acknowledged: the server may have
-// restarted and lost them. Write them again, then Sync again.
+// writes that no Sync had covered were acknowledged, if the server has
+// restarted, or does not say whether it has (only memferry's do): it may have
+// lost them. Write them again, then Sync again.
 var ErrSyncLost = errors.New("the connection broke before earlier writes were synced, so they may be lost")
 
 // errConnLost is why a request that had no answer is sent again.
@@ -134,13 +135,16 @@ type Client struct {
 	stateMu sync.Mutex // held across OnState
 	told    bool       // what OnState was last told
 
-	// What Sync has to answer for. A connection that breaks while acked is
-	// ahead of flushed may take acknowledged writes with it: lost grows, and
-	// each Sync that finds it ahead of what reported was when it began fails.
-	acked    atomic.Int64 // writes acknowledged
-	flushed  atomic.Int64 // how many of them a FLUSH has covered
-	lost     atomic.Int64 // times that some may have been lost
-	reported atomic.Int64 // how many of those a Sync has returned
+	// What Sync has to answer for. A server that restarts while acked is ahead
+	// of flushed may have lost acknowledged writes: lost grows, and each Sync
+	// that finds it ahead of what reported was when it began fails. A server
+	// that does not name its instance is taken to restart whenever a connection
+	// breaks.
+	instance atomic.Pointer[string] // of the export that we are connected to
+	acked    atomic.Int64           // writes acknowledged
+	flushed  atomic.Int64           // how many of them a FLUSH has covered
+	lost     atomic.Int64           // times that some may have been lost
+	reported atomic.Int64           // how many of those a Sync has returned
 
 	stats clientCounters
 }
@@ -340,6 +344,30 @@ func (c *Client) same(cc *clientConn) error {
 	return nil
 }
 
+// checkInstance notes that acknowledged writes may be lost if cc leads to
+// another instance of the export than the client, or to one without a name.
+func (c *Client) checkInstance(cc *clientConn) {
+	if name := cc.info.instance; name != "" && name == *c.instance.Load() {
+		return
+	}
+	if c.acked.Load() > c.flushed.Load() {
+		c.lost.Add(1)
+	}
+}
+
+// enterInstance is called with each new connection, before it is used.
+func (c *Client) enterInstance(cc *clientConn) {
+	old := c.instance.Swap(&cc.info.instance)
+	if old == nil || *old == cc.info.instance {
+		return
+	}
+	// Looked at only now: what is acknowledged later, on a connection to the
+	// old instance, finds the new name.
+	if c.acked.Load() > c.flushed.Load() {
+		c.lost.Add(1)
+	}
+}
+
 func (c *Client) note(err error) {
 	if err == nil {
 		return
@@ -375,6 +403,7 @@ func (c *Client) install(slot int, cc *clientConn) bool {
 		c.mu.Unlock()
 		return false
 	}
+	c.enterInstance(cc)
 	c.conns[slot] = cc
 	c.up++
 	c.broadcastLocked()
@@ -385,9 +414,7 @@ func (c *Client) install(slot int, cc *clientConn) bool {
 
 // remove takes a broken connection away.
 func (c *Client) remove(slot int, cc *clientConn, err error) {
-	if c.acked.Load() > c.flushed.Load() {
-		c.lost.Add(1)
-	}
+	c.checkInstance(cc)
 	c.mu.Lock()
 	closing := c.ctx.Err() != nil
 	if c.conns[slot] == cc {

@@ -337,6 +337,9 @@ func (cc *clientConn) finish(k *call) error {
 		// Here, and not where the caller wakes up: when the connection breaks
 		// it has to be known.
 		cc.c.acked.Add(1)
+		if cc.info.instance != "" {
+			cc.c.checkInstance(cc)
+		}
 	}
 	if k.abandoned && k.req.modifies() {
 		cc.c.fences.answered(k)

@@ -40,7 +40,8 @@ type ExportInfo struct {
 
 	sizes      blockSizes
 	allocation bool
-	fences     bool // the server knows fences
+	fences     bool   // the server knows fences
+	instance   string // see contextInstance; empty where the server has no such name
 }
 
 // clientHandshake is a negotiation in progress.
@@ -147,7 +148,7 @@ func (h *clientHandshake) negotiate() error {
 		return err
 	}
 	if h.info.Structured { // metadata contexts are of no use without
-		if err := h.send(optSetMetaContext, appendMetaRequest(nil, metaRequest{h.uri.Export, []string{contextBase, contextGeneration, contextSession + h.as.id}})); err != nil {
+		if err := h.send(optSetMetaContext, appendMetaRequest(nil, metaRequest{h.uri.Export, []string{contextBase, contextGeneration, contextInstance, contextSession + h.as.id}})); err != nil {
 			return err
 		}
 		if err := h.metaContexts(optSetMetaContext); err != nil {
@@ -202,7 +203,7 @@ func (h *clientHandshake) clientFlags(server uint16) uint32 {
 // exportName is the old way into transmission. A server that lacks the export
 // can only disconnect.
 func (h *clientHandshake) exportName(b []byte) error {
-	h.info.Structured, h.info.allocation, h.info.Generation, h.info.fences = false, false, "", false
+	h.info.Structured, h.info.allocation, h.info.Generation, h.info.fences, h.info.instance = false, false, "", false, ""
 	if _, err := h.nc.Write(appendOption(b, optExportName, []byte(h.uri.Export))); err != nil {
 		return err
 	}
@@ -281,8 +282,9 @@ func (h *clientHandshake) structured(flags []byte) error {
 // metaContexts reads the replies to SET or LIST_META_CONTEXT; a refusal means
 // that there are none.
 func (h *clientHandshake) metaContexts(option uint32) error {
-	allocation, id, generation, fences := false, uint32(0), "", false
-	r, _, err := h.each(option, func(typ uint32, data []byte) error {
+	found := ExportInfo{}
+	id := uint32(0)
+	r, data, err := h.each(option, func(typ uint32, data []byte) error {
 		if typ != repMetaContext {
 			return protocolErrorf("reply %d to %s", typ, optionName(option))
 		}
@@ -291,19 +293,25 @@ func (h *clientHandshake) metaContexts(option uint32) error {
 			return err
 		}
 		if m.name == contextBase {
-			allocation, id = true, m.id
+			found.allocation, id = true, m.id
 		} else if tag, ok := strings.CutPrefix(m.name, contextGeneration); ok {
-			generation = tag
+			found.Generation = tag
+		} else if name, ok := strings.CutPrefix(m.name, contextInstance); ok {
+			found.instance = name
 		} else if h.as.id != "" && m.name == contextSession+h.as.id {
-			fences = true
+			found.fences = true
 		}
 		return nil
 	})
 	if err != nil {
 		return err
 	}
+	if r.typ == repErrUnknown { // it may be there again by the time of GO
+		return h.refused(r.typ, data)
+	}
 	if r.typ == repAck {
-		h.info.allocation, h.allocationID, h.info.Generation, h.info.fences = allocation && h.info.Structured, id, generation, fences
+		h.info.allocation, h.allocationID = found.allocation && h.info.Structured, id
+		h.info.Generation, h.info.instance, h.info.fences = found.Generation, found.instance, found.fences
 	}
 	return nil
 }

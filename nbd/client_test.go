@@ -274,8 +274,47 @@ func writeAndReadBack(t *testing.T, c *Client, stop chan struct{}, base, block i
 	}
 }
 
+// forgetInstance makes the client treat its server as one that does not say
+// whether it has restarted.
+func forgetInstance(c *Client) { c.instance.Store(new(string)) }
+
+// A connection that broke loses nothing as long as the server is the same, and
+// all that was not synced when it has restarted.
+func TestClientSyncInstance(t *testing.T) {
+	for name, restart := range map[string]bool{"the same server": false, "a server that has restarted": true} {
+		t.Run(name, func(t *testing.T) {
+			m := newMem(t, 1<<20)
+			s, path := serveWith(t, ServerOptions{}, Export{Name: "x", Backend: m})
+			c := dialTest(t, URI{Socket: path, Export: "x"}, ClientOptions{Connections: 2})
+			if _, err := c.WriteAt([]byte("x"), 0); err != nil {
+				t.Fatal(err)
+			}
+			// To be removed and added again is what a restart looks like from here.
+			s.Remove("x")
+			x, err := newExport(Export{Name: "x", Backend: m}, s.opt.MaxRequest)
+			if err != nil {
+				t.Fatal(err)
+			}
+			want := ErrSyncLost
+			if !restart {
+				x.instance, want = *c.instance.Load(), nil
+			}
+			s.mu.Lock()
+			s.exports["x"] = x
+			s.mu.Unlock()
+			if err := c.Sync(); !errors.Is(err, want) {
+				t.Errorf("Sync: %v, want %v", err, want)
+			}
+			if err := c.Sync(); err != nil {
+				t.Errorf("second Sync: %v", err)
+			}
+		})
+	}
+}
+
 func TestClientSyncLost(t *testing.T) {
 	c, p := linked(t, newMem(t, 1<<20), ClientOptions{Connections: 1})
+	forgetInstance(c)
 	if _, err := c.WriteAt([]byte("x"), 0); err != nil {
 		t.Fatal(err)
 	}
@@ -355,6 +394,7 @@ func TestClientSyncLostDuringSync(t *testing.T) {
 		}
 	}
 	<-g.sync.entered
+	forgetInstance(c)
 	reconnected(t, c, p)
 	close(g.sync.leave)
 	for range cap(errs) {
@@ -391,6 +431,7 @@ func TestClientSyncLostLateWrite(t *testing.T) {
 	if err := <-wrote; err != nil {
 		t.Fatal(err)
 	}
+	forgetInstance(c)
 	reconnected(t, c, p)
 	close(g.sync.leave)
 	if err := c.Sync(); !errors.Is(err, ErrSyncLost) {

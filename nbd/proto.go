@@ -156,6 +156,11 @@ const (
 	// connections that bear them; the answer, the same name, comes once their
 	// requests can't change the export any more. It can't be selected.
 	contextFence = "x-memferry:fence/"
+	// contextInstance is followed by what names the export as this process
+	// serves it. As a query it stands for itself with that name. As long as it
+	// stays the same, FLUSH covers writes acknowledged on connections that have
+	// ended meanwhile. See docs/adr/0005-export-instance.md.
+	contextInstance = "x-memferry:instance/"
 )
 
 // Limits that the protocol itself sets.

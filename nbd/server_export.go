@@ -44,6 +44,9 @@ const (
 type export struct {
 	Export
 	order int64 // of being added to the server
+	// instance names this export until it is removed or the process ends.
+	instance string
+
 	caps  memferry.Capabilities
 	size  int64
 	flags TransmissionFlags // without those that depend on the connection
@@ -65,7 +68,7 @@ func newExport(e Export, maxRequest int) (*export, error) {
 	if e.Backend == nil {
 		return nil, errors.New("no backend")
 	}
-	x := &export{Export: e, caps: memferry.CapabilitiesOf(e.Backend), size: e.Backend.Size()}
+	x := &export{Export: e, instance: newSession(), caps: memferry.CapabilitiesOf(e.Backend), size: e.Backend.Size()}
 	x.syncs.sync = e.Backend.Sync
 	x.ReadOnly = e.ReadOnly || x.caps.ReadOnly
 	if err := x.findSizes(maxRequest); err != nil {

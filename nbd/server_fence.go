@@ -38,20 +38,25 @@ func connID(query, context string) (id string, ok bool) {
 }
 
 // named returns the contexts that exist only for those who know their names: a
-// session to be selected, or a fence, which is up when named returns.
+// session or the instance to be selected, or a fence, which is up when named
+// returns.
 func (h *handshake) named(x *export, queries []string, set bool) ([]metaContext, error) {
+	var all []metaContext
 	for _, q := range queries {
+		if q == contextInstance && set {
+			all = append(all, metaContext{q + x.instance, metaInstance})
+		}
 		if _, ok := connID(q, contextSession); ok && set {
-			return []metaContext{{q, metaSession}}, nil
+			all = append(all, metaContext{q, metaSession})
 		}
 		if prefix, ok := connID(q, contextFence); ok && !set {
 			if err := h.c.srv.fence(h.ctx, x, prefix); err != nil {
 				return nil, err
 			}
-			return []metaContext{{q, metaFence}}, nil
+			all = append(all, metaContext{q, metaFence})
 		}
 	}
-	return nil, nil
+	return all, nil
 }
 
 // sessionOf returns the id that a connection gets with its contexts.

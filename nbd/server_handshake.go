@@ -40,6 +40,7 @@ const (
 	metaGeneration
 	metaSession
 	metaFence
+	metaInstance
 )
 
 // negotiate runs the handshake. It returns nil when the client has chosen an
@@ -214,6 +215,10 @@ func (h *handshake) info(option uint32, data []byte) (done bool, err error) {
 	x := h.c.srv.find(r.name)
 	if x == nil {
 		return false, h.fail(option, repErrUnknown, fmt.Sprintf("no export %q", cutString(r.name, 256)))
+	}
+	if m := h.metaExport; option == optGo && m != nil && m != x && m.Name == x.Name {
+		// Its contexts, the instance among them, are of one that is gone.
+		return false, h.fail(option, repErrUnknown, "the export was replaced; connect again")
 	}
 	b := appendOptionReply(nil, option, repInfo, appendInfoExport(nil, exportNameReply{uint64(x.size), h.flags(x)}))
 	for _, i := range r.infos {
