@@ -8,6 +8,7 @@ import (
 	"os/exec"
 	"path/filepath"
 	"strings"
+	"time"
 
 	"golang.org/x/sys/unix"
 
@@ -40,7 +41,7 @@ func prepareTarget(path string) (target, error) {
 			return target{}, fmt.Errorf("mountpoint: %w", err)
 		}
 		t.created = true
-		return t, f.Close()
+		return t, errors.Join(mark(f), f.Close())
 	case err != nil:
 		return target{}, fmt.Errorf("mountpoint: %w", err)
 	case st.IsDir():
@@ -49,7 +50,22 @@ func prepareTarget(path string) (target, error) {
 	case !st.Mode().IsRegular():
 		return target{}, fmt.Errorf("mountpoint %s is neither a directory nor a regular file", resolved)
 	}
+	t.created = marked(resolved)
 	return t, nil
+}
+
+// made is the time of modification of the files that are made to be
+// mountpoints. Together with being empty it tells, after a crash, that a file
+// goes with its mount: whoever writes to it, or touches it, changes it.
+var made = time.Unix(107_846_246, 636_572_727)
+
+// mark makes f known as made for a mount. Where the file system does not keep
+// the time, the file stays after a crash.
+func mark(f *os.File) error { return os.Chtimes(f.Name(), made, made) }
+
+func marked(path string) bool {
+	st, err := os.Lstat(path)
+	return err == nil && st.Mode().IsRegular() && st.Size() == 0 && st.ModTime().Equal(made)
 }
 
 func requireEmpty(dir string) error {
@@ -80,7 +96,7 @@ type attachment struct {
 	fd int // of /dev/fuse
 	// hidden is the private directory it is mounted on, when the file in it is
 	// to be bound to the target.
-	hidden string
+	hidden hiddenDir
 	// fileRoot says that the root is the file itself.
 	fileRoot bool
 }
@@ -112,11 +128,11 @@ func attachDirect(t target, o Options) (attachment, error) {
 	a := attachment{fd: fd}
 	point := t.path
 	if !t.dir {
-		if a.hidden, err = os.MkdirTemp(hiddenParent(), "memferry-"); err != nil {
+		if a.hidden, err = makeHidden(hiddenParent()); err != nil {
 			unix.Close(fd) //nolint:errcheck // nothing was done with it
 			return attachment{}, fmt.Errorf("mount: %w", err)
 		}
-		point = a.hidden
+		point = a.hidden.path
 	}
 	flags := uintptr(unix.MS_NOSUID | unix.MS_NODEV)
 	if o.ReadOnly {
@@ -147,10 +163,10 @@ func hiddenParent() string {
 // binding alone keeps the file system mounted, so that unmounting it ends
 // everything.
 func (a *attachment) reveal(t target, name string) error {
-	if a.hidden == "" {
+	if a.hidden.path == "" {
 		return nil
 	}
-	err := outside(func() error { return unix.Mount(filepath.Join(a.hidden, name), t.path, "", unix.MS_BIND, "") })
+	err := outside(func() error { return unix.Mount(filepath.Join(a.hidden.path, name), t.path, "", unix.MS_BIND, "") })
 	if err != nil {
 		return fmt.Errorf("bind to %s: %w", t.path, err)
 	}
@@ -159,20 +175,21 @@ func (a *attachment) reveal(t target, name string) error {
 
 // hide detaches the private directory.
 func (a *attachment) hide() error {
-	if a.hidden == "" {
+	if a.hidden.path == "" {
 		return nil
 	}
-	err := outside(func() error { return unix.Unmount(a.hidden, unix.MNT_DETACH) })
+	err := outside(func() error { return unix.Unmount(a.hidden.path, unix.MNT_DETACH) })
 	if errors.Is(err, unix.EINVAL) {
 		err = nil // not mounted
 	}
 	if err == nil {
-		err = os.Remove(a.hidden)
+		err = os.Remove(a.hidden.path)
 	}
 	if err != nil {
-		return fmt.Errorf("hide %s: %w", a.hidden, err)
+		return fmt.Errorf("hide %s: %w", a.hidden.path, err)
 	}
-	a.hidden = ""
+	a.hidden.unlock()
+	a.hidden = hiddenDir{}
 	return nil
 }
 

@@ -3,6 +3,7 @@ package fuse
 import (
 	"errors"
 	"fmt"
+	"os"
 	"os/exec"
 	"strings"
 	"time"
@@ -32,8 +33,14 @@ func ClearStale(path string) (bool, error) {
 	cleared := false
 	for range maxStacked {
 		mounts, err := mountsAt(path)
-		if err != nil || len(mounts) == 0 {
+		if err != nil {
 			return cleared, err
+		}
+		if len(mounts) == 0 {
+			if cleared && marked(path) {
+				os.Remove(path) //nolint:errcheck // an empty file more does no harm
+			}
+			return cleared, nil
 		}
 		top := mounts[len(mounts)-1]
 		if !top.ours() {
@@ -54,7 +61,10 @@ func ClearStale(path string) (bool, error) {
 // alive reports whether a process answers for the mount on path. It asks by
 // statfs, because what stat needs the kernel may still remember. One that does
 // not answer in time is alive as well.
-func alive(path string) bool {
+func alive(path string) bool { return answers(path, answerTimeout) }
+
+// answers is alive with the time given.
+func answers(path string, patience time.Duration) bool {
 	answer := make(chan error, 1)
 	go func() {
 		var st unix.Statfs_t
@@ -63,7 +73,7 @@ func alive(path string) bool {
 	select {
 	case err := <-answer:
 		return !errors.Is(err, unix.ENOTCONN) && !errors.Is(err, unix.ECONNABORTED)
-	case <-time.After(answerTimeout):
+	case <-time.After(patience):
 		return true
 	}
 }
