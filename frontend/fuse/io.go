@@ -140,7 +140,9 @@ func (f *fileSystem) Write(cancel <-chan struct{}, in *gofuse.WriteIn, data []by
 	if fits {
 		return uint32(n), gofuse.OK
 	}
-	if f.writeBack {
+	if f.writeBack && cached {
+		// Only what was cached has made the file look longer; to repair
+		// after others would cut off cached writes that nobody has refused.
 		f.repairSize()
 	}
 	return 0, gofuse.Status(syscall.ENOSPC)
