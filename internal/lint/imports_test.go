@@ -21,6 +21,8 @@ var exceptions = map[string][]string{
 	"backend/all":   {"./backend/...", "./nbd"},
 	"backend/dir":   {"./backend/chunked"},
 	"frontend/fuse": {"./frontend"},
+	// It needs a region to pull into the memory, whatever the source is.
+	"frontend/uffd": {"./region"},
 	// The data of a cache is a file, and a backend at once.
 	"internal/cache": {"./backend/file"},
 }

@@ -42,11 +42,8 @@ type scanArg struct {
 	returnCategories uint64
 }
 
-// Flags of a scan, PM_SCAN_*.
-const (
-	scanProtect = 1 << 0 // PM_SCAN_WP_MATCHING
-	scanAsync   = 1 << 1 // PM_SCAN_CHECK_WPASYNC
-)
+// scanProtect is PM_SCAN_WP_MATCHING, a flag of a scan.
+const scanProtect = 1 << 0
 
 // Scanner looks at the page tables of a process. Its methods are safe for
 // concurrent use, except Close.
@@ -83,15 +80,15 @@ const maxRuns = 1024
 // protected, also after it failed once; its first error ends the scan, and what
 // lies beyond stays as it was.
 //
-// The range must be registered with [ModeWP] under [FeatureWPAsync]; it is
-// EPERM otherwise. Writes through other mappings of the same memory don't
-// count.
+// What is not registered with [ModeWP] under [FeatureWPAsync] is passed over:
+// the application may have unmapped a part. Writes through other mappings of
+// the same memory don't count.
 func (s *Scanner) Written(start, end uintptr, fn func(Run) error) error {
 	var vec [maxRuns]Run
 	arg := scanArg{
-		flags: scanProtect | scanAsync,
-		// With the first alone, the scan would also leave markers in holes.
-		maskCategories:   uint64(PageWritten),
+		flags: scanProtect,
+		// With PageWritten alone, the scan would also leave markers in holes.
+		maskCategories:   uint64(PageWPAllowed | PageWritten),
 		anyOfCategories:  uint64(PagePresent | PageSwapped),
 		returnCategories: uint64(PageWritten),
 	}

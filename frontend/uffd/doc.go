@@ -1,0 +1,37 @@
+// Package uffd makes a backend available as memory: a []byte that is used at
+// once, whose absent pages arrive when they are touched or, better, before.
+//
+// The bytes are those of a memory file, mapped twice. The application's mapping
+// is registered with a userfaultfd; a region writes what it pulls straight into
+// the other one, and then shows it in the first. Pages of the source that are
+// known to be zero take memory only when they are touched.
+//
+// # Deadlocks
+//
+// [Open] serves the faults of its own process. A goroutine that touches absent
+// memory inside the runtime (copy, append, bytes.Equal, a comparison of
+// strings) can't be preempted: as many of them as there are Ps, or one and a
+// garbage collection, and nobody is left to serve the fault. It never ends.
+// So until [Memory.Wait] has returned, reach the memory through
+// [Memory.ReadAt] and [Memory.WriteAt], which are safe anywhere, or call
+// [Memory.Populate] before the bytes are used. Plain loads and stores are safe
+// as well. The same holds for every source that runs in this process, however
+// it is reached.
+//
+// # Failures
+//
+// A page that can't be fetched within Options.IOTimeout is poisoned: an access
+// gives SIGBUS, in Go a fault that runtime/debug.SetPanicOnFault makes a panic,
+// in system calls EFAULT, in ReadAt an error. When the page arrives after all,
+// it heals. Where the kernel can't poison (before 6.6), the access waits until
+// the source is back.
+//
+// # Caveats
+//
+// Nobody may touch the bytes once Close was called. The range must not be
+// moved (mremap), and MADV_REMOVE on it loses what it removes. A child made by
+// fork shares the memory, but its faults are not served: touch the pages before.
+// Memory of a process without privileges (see userfaultfd(2), USER_MODE_ONLY)
+// can't be given to system calls before it has been touched: they fail with
+// EFAULT.
+package uffd

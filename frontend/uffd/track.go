@@ -1,0 +1,183 @@
+package uffd
+
+import (
+	"errors"
+	"fmt"
+	"math/bits"
+	"os"
+	"sync"
+
+	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/sys/uffd"
+)
+
+// Bitmap has a bit for each page of the memory, the first in the lowest bit of
+// the first word.
+type Bitmap []uint64
+
+// Has reports whether the bit of a page is set.
+func (b Bitmap) Has(page int64) bool { return b[page/64]&(1<<(page%64)) != 0 }
+
+// Count returns how many are set.
+func (b Bitmap) Count() (n int64) {
+	for _, w := range b {
+		n += int64(bits.OnesCount64(w))
+	}
+	return n
+}
+
+// Runs passes every run of set bits to fn, in ascending order, until it fails.
+func (b Bitmap) Runs(fn func(page, n int64) error) error {
+	total := int64(len(b)) * 64
+	for page := b.next(0, true); page < total; {
+		end := b.next(page, false)
+		if err := fn(page, end-page); err != nil {
+			return err
+		}
+		page = b.next(end, true)
+	}
+	return nil
+}
+
+// next returns the first page from page on whose bit is set, or clear.
+func (b Bitmap) next(page int64, set bool) int64 {
+	for ; page < int64(len(b))*64; page = (page/64 + 1) * 64 {
+		w := b[page/64]
+		if !set {
+			w = ^w
+		}
+		if w >>= page % 64; w != 0 {
+			return page + int64(bits.TrailingZeros64(w))
+		}
+	}
+	return int64(len(b)) * 64
+}
+
+func (b Bitmap) set(page, n int64) {
+	for end := page + n; page < end; page++ {
+		b[page/64] |= 1 << (page % 64)
+	}
+}
+
+// tracker finds out what was written. Two ask, each for what is new to them:
+// the application through Dirty, and Sync.
+type tracker struct {
+	scanner *uffd.Scanner
+	data    []byte
+
+	mu      sync.Mutex
+	dirty   Bitmap // not yet told to the application
+	unsaved Bitmap // not yet given to the region
+}
+
+func newTracker(data []byte) (*tracker, error) {
+	s, err := uffd.OpenScanner(os.Getpid())
+	if err != nil {
+		return nil, err
+	}
+	t := &tracker{scanner: s, data: data}
+	t.dirty, t.unsaved = t.empty(), t.empty()
+	return t, nil
+}
+
+func (t *tracker) close() error { return t.scanner.Close() }
+
+func (t *tracker) empty() Bitmap { return make(Bitmap, (len(t.data)/pageSize+63)/64) }
+
+// take empties one of the two bitmaps, after a look at what is new.
+func (t *tracker) take(which *Bitmap) (Bitmap, error) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	base := address(t.data)
+	err := t.scanner.Written(base, base+uintptr(len(t.data)), func(r uffd.Run) error {
+		page, n := int64(r.Start-uint64(base))/pageSize, int64(r.End-r.Start)/pageSize
+		t.dirty.set(page, n)
+		t.unsaved.set(page, n)
+		return nil
+	})
+	if err != nil {
+		return nil, err // what was seen stays noted
+	}
+	taken := *which
+	*which = t.empty()
+	return taken, nil
+}
+
+// putBack notes again what the region did not take.
+func (t *tracker) putBack(b Bitmap) {
+	t.mu.Lock()
+	defer t.mu.Unlock()
+	for i, w := range b {
+		t.unsaved[i] |= w
+	}
+}
+
+// Dirty returns the pages that were written to since the last call of Dirty,
+// or since Open: at least those, and few others. Looking and forgetting are one
+// step, so no write is ever missed: what is written afterwards is in the next
+// answer. It doesn't stop writers. Data that arrives from the source does not
+// count as written.
+//
+// It needs Linux 6.7; it is memferry.ErrNotSupported elsewhere, and in memory
+// that is read-only.
+func (m *Memory) Dirty() (Bitmap, error) {
+	if err := m.enterTracked("dirty"); err != nil {
+		return nil, err
+	}
+	defer m.gate.Leave()
+	b, err := m.tracker.take(&m.tracker.dirty)
+	if err != nil {
+		return nil, fmt.Errorf("uffd: dirty: %w", err)
+	}
+	return b, nil
+}
+
+func (m *Memory) enterTracked(op string) error {
+	if m.tracker == nil {
+		err := errors.Join(uffd.Have(tracking), uffd.HaveScan())
+		if err == nil { // so it is read-only
+			err = memferry.ErrNotSupported
+		}
+		return fmt.Errorf("uffd: %s: writes are not tracked: %w", op, err)
+	}
+	if !m.gate.Enter() {
+		return fmt.Errorf("uffd: %s: %w", op, memferry.ErrClosed)
+	}
+	return nil
+}
+
+// Sync hands every page that was written to before the call to the source and
+// returns once the source has it for good. It doesn't stop writers: of a page
+// that is being written to, the source gets a mixture, and the next Sync gives
+// it the rest. Where writes can't be tracked it is memferry.ErrNotSupported, and
+// memferry.ErrReadOnly where the source can't be written to; in memory that was
+// opened read-only it does nothing.
+func (m *Memory) Sync() error {
+	if m.o.ReadOnly {
+		return nil
+	}
+	if err := m.enterTracked("sync"); err != nil {
+		return err
+	}
+	defer m.gate.Leave()
+	b, err := m.tracker.take(&m.tracker.unsaved)
+	if err != nil {
+		return fmt.Errorf("uffd: sync: %w", err)
+	}
+	r := m.server.region
+	err = b.Runs(func(page, n int64) error {
+		off := page * pageSize
+		// The region reads the memory when it pushes; here it only has to
+		// know. See landing.
+		_, err := r.WriteAt(m.plain.data[off:min(m.size, off+n*pageSize)], off)
+		return err
+	})
+	if err != nil {
+		m.tracker.putBack(b)
+		return fmt.Errorf("uffd: sync: %w", err)
+	}
+	if err := r.Sync(); err != nil { // the region knows what is left to push
+		return fmt.Errorf("uffd: sync: %w", err)
+	}
+	return nil
+}
