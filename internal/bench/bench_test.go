@@ -139,16 +139,29 @@ func TestNothingIsLeftMounted(t *testing.T) {
 	}
 }
 
-// TestHungStepIsCut: a program that never ends is cut at the step's limit, and
-// so is one that leaves a child behind which holds its output.
+// TestHungStepIsCut: a program that never ends is cut at the step's limit, with
+// the child of its own that holds its output.
 func TestHungStepIsCut(t *testing.T) {
-	ctx, cancel := context.WithTimeout(t.Context(), 100*time.Millisecond)
+	ctx, cancel := context.WithTimeout(t.Context(), time.Second)
 	defer cancel()
 	begin := time.Now()
-	if _, _, err := run(ctx, "sh", "-c", "sleep 60 & sleep 60"); err == nil {
+	_, out, err := run(ctx, "sh", "-c", "sleep 60 & echo $!; sleep 60")
+	if err == nil {
 		t.Error("no error")
 	}
 	if took := time.Since(begin); took > 40*time.Second {
 		t.Errorf("took %v", took)
 	}
+	child := strings.TrimSpace(string(out))
+	for end := time.Now().Add(10 * time.Second); running(child); time.Sleep(10 * time.Millisecond) {
+		if time.Now().After(end) {
+			t.Fatalf("the child %s is still there", child)
+		}
+	}
+}
+
+// running tells whether a process exists and is no zombie.
+func running(pid string) bool {
+	status, err := os.ReadFile("/proc/" + pid + "/status")
+	return err == nil && !strings.Contains(string(status), "\nState:\tZ")
 }

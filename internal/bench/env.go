@@ -301,10 +301,14 @@ func (p *process) ownMemory() int64 {
 	return sum
 }
 
-// run runs a program to its end and returns how long it took.
+// run runs a program to its end and returns how long it took. The end of ctx
+// kills it and the children it has.
 func run(ctx context.Context, name string, args ...string) (time.Duration, []byte, error) {
 	cmd := exec.CommandContext(ctx, name, args...)
-	cmd.WaitDelay = 5 * time.Second // a child of its own may hold the pipes
+	// With its children, which would hold the pipes and outlive the benchmark.
+	cmd.SysProcAttr = &syscall.SysProcAttr{Setpgid: true}
+	cmd.Cancel = func() error { return syscall.Kill(-cmd.Process.Pid, syscall.SIGKILL) }
+	cmd.WaitDelay = 5 * time.Second // one may have left the group
 	var stderr bytes.Buffer
 	cmd.Stderr = &stderr
 	begin := time.Now()
