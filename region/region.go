@@ -122,7 +122,7 @@ func open(ctx context.Context, remote, local memferry.Backend, o Options) (*Regi
 		return nil, fmt.Errorf("local backend has %d bytes, remote %d: %w", local.Size(), r.size, memferry.ErrOutOfRange)
 	}
 	if b := r.remote.can.BlockSizes.Min; b > pageSize {
-		return nil, fmt.Errorf("remote wants blocks of %d bytes, more than a page: %w", b, memferry.ErrNotSupported)
+		return nil, fmt.Errorf("the remote takes blocks of %d bytes at least, and a region works by pages of %d: %w; use the remote directly (mount --direct)", b, pageSize, memferry.ErrNotSupported)
 	}
 	r.pages = (r.size + pageSize - 1) / pageSize
 	r.table = chunk.New(r.pages, o.Store != nil)
