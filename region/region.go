@@ -205,22 +205,39 @@ func (r *Region) close() error {
 	return errors.Join(errs...)
 }
 
+// UnpushedError is what Close returns when the remote did not take all writes.
+type UnpushedError struct {
+	Bytes  int64
+	Cached bool  // they stay in the cache; else they are lost
+	Err    error // why
+}
+
+func (e *UnpushedError) Error() string {
+	if e.Cached {
+		return fmt.Sprintf("%d bytes were not pushed, and stay in the cache: %v", e.Bytes, e.Err)
+	}
+	return fmt.Sprintf("%d bytes of writes are lost: they could not be pushed, and there is no cache: %v", e.Bytes, e.Err)
+}
+
+// Unwrap returns why.
+func (e *UnpushedError) Unwrap() error { return e.Err }
+
 // finalPush pushes what is left, and names what could not be.
 func (r *Region) finalPush() error {
 	var err error
 	if r.unpushed() > 0 {
-		ctx, cancel := context.WithTimeout(r.ctx, r.o.IOTimeout)
+		ctx, cancel := context.WithTimeoutCause(r.ctx, r.o.IOTimeout,
+			fmt.Errorf("the remote did not take it within %v: %w", r.o.IOTimeout, memferry.ErrTimeout))
 		defer cancel()
-		err = r.pushAll(ctx)
+		if err = r.pushAll(ctx); errors.Is(err, context.DeadlineExceeded) {
+			err = context.Cause(ctx)
+		}
 	}
 	if left := r.unpushed(); left > 0 {
 		if err == nil {
 			err = memferry.ErrTimeout
 		}
-		if r.o.Store != nil {
-			return fmt.Errorf("%d bytes were not pushed, and stay in the cache: %w", left, err)
-		}
-		return fmt.Errorf("%d bytes of writes are lost: they could not be pushed, and there is no cache: %w", left, err)
+		return &UnpushedError{Bytes: left, Cached: r.o.Store != nil, Err: err}
 	}
 	r.settleGeneration()
 	return err

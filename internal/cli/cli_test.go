@@ -174,6 +174,23 @@ func TestLine(t *testing.T) {
 	}
 }
 
+// TestBecause: what the line around it says already is not said again, and
+// nothing else is lost.
+func TestBecause(t *testing.T) {
+	u := &region.UnpushedError{Bytes: 4096, Err: errors.New("no answer")}
+	for want, err := range map[string]error{
+		"":                       nil,
+		": no answer":            u,
+		": no answer; disk full": errors.Join(u, errors.New("disk full")),
+		": push: no answer":      fmt.Errorf("push: %w", u),
+		": disk full":            errors.New("disk full"),
+	} {
+		if got := because(err); got != want {
+			t.Errorf("because(%v) = %q, want %q", err, got, want)
+		}
+	}
+}
+
 func TestSplitExport(t *testing.T) {
 	for _, tc := range [][3]string{
 		{"disk=/srv/a", "disk", "/srv/a"},

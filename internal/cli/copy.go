@@ -59,6 +59,9 @@ func (a *app) copyCmd() *cobra.Command {
   memferry copy disk.img 'dir:///backup/disk?size=10G&chunk=1M'`,
 		Args: positional(cobra.ExactArgs(2)),
 		RunE: func(cmd *cobra.Command, args []string) error {
+			if err := checkConnections(cmd, f.connections); err != nil {
+				return err
+			}
 			sum, err := a.copy(cmd.Context(), args[0], args[1], f)
 			if err != nil {
 				return fmt.Errorf("copy: %w", err)

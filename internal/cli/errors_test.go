@@ -24,6 +24,10 @@ func TestMistakesHaveOneForm(t *testing.T) {
 	if err := os.MkdirAll(filepath.Join(full, "x"), 0o700); err != nil {
 		t.Fatal(err)
 	}
+	linked := filepath.Join(dir, "linked")
+	if err := os.Symlink(file, linked); err != nil {
+		t.Fatal(err)
+	}
 	missing, long := filepath.Join(dir, "missing"), strings.Repeat("x", 120)
 	for _, c := range []struct {
 		status int
@@ -49,6 +53,15 @@ func TestMistakesHaveOneForm(t *testing.T) {
 		{1, "is the server running", "info nbd://127.0.0.1:1/d"},
 		{1, "full is not empty: in use; choose", "mount " + file + " " + full},
 		{1, "mkdir -p", "mount " + file + " " + missing + "/m"},
+		{1, "would hide the source", "mount " + file + " " + file},
+		{1, "would hide the source", "mount " + file + " " + linked},
+		{1, "would hide the source", "mount file://" + file + " " + full + "/../a.img"},
+		{1, "would hide the source", "mount dir://" + full + "?size=1M " + full + "/x"},
+		{1, "would hide the cache", "mount --cache " + full + " " + file + " " + full + "/m"},
+		{1, "would hide the cache", "mount --cache " + missing + " " + file + " " + missing},
+		{1, "would hide the cache", "mount --cache " + full + "/x/c " + file + " " + full + "/x"},
+		{2, "--connections 999999: want a number from 1 to 16", "mount --connections 999999 " + file + " " + dir + "/m"},
+		{2, "--connections -1", "copy --connections -1 " + file + " " + missing},
 		{1, "a part of it", "mount --cache " + file + " " + file + " " + dir + "/m"},
 		{2, "--rate", "mount --rate -5 a b"},
 		{1, "not a memferry mount", "umount " + dir},
@@ -73,7 +86,7 @@ func TestMistakesHaveOneForm(t *testing.T) {
 		})
 	}
 	left, err := filepath.Glob(dir + "/*")
-	if err != nil || fmt.Sprint(left) != fmt.Sprint([]string{file, full}) {
+	if err != nil || fmt.Sprint(left) != fmt.Sprint([]string{file, full, linked}) {
 		t.Errorf("left behind: %v (error %v)", left, err)
 	}
 }

@@ -13,6 +13,7 @@ import (
 	"github.com/memferry/memferry"
 	"github.com/memferry/memferry/internal/lifecycle"
 	"github.com/memferry/memferry/internal/size"
+	"github.com/memferry/memferry/nbd"
 	"github.com/memferry/memferry/region"
 )
 
@@ -155,8 +156,8 @@ func (f *mountFlags) check(cmd *cobra.Command) error {
 	if f.ioTimeout <= 0 {
 		return usage(cmd, "--io-timeout %v: want a positive duration", f.ioTimeout)
 	}
-	if f.connections < 0 {
-		return usage(cmd, "--connections %d: want at least 1", f.connections)
+	if err := checkConnections(cmd, f.connections); err != nil {
+		return err
 	}
 	if f.logFile != "" && !f.daemon {
 		return usage(cmd, "--log-file: only with --daemon; in the foreground redirect standard error")
@@ -168,6 +169,14 @@ func (f *mountFlags) check(cmd *cobra.Command) error {
 		if cmd.Flags().Changed(name) {
 			return usage(cmd, "--%s: a direct mount has no local side; leave one of them away", name)
 		}
+	}
+	return nil
+}
+
+// checkConnections refuses what a client would not open. 0 is its default.
+func checkConnections(cmd *cobra.Command, n int) error {
+	if n < 0 || n > nbd.MaxConnections {
+		return usage(cmd, "--connections %d: want a number from 1 to %d", n, nbd.MaxConnections)
 	}
 	return nil
 }

@@ -64,8 +64,9 @@ A region is named by a URL:
 Sizes are written as people write them: 512K, 1.5G, 64 MiB; all prefixes are
 powers of 1024. Durations are written as 500ms, 30s, 2m.
 
-Exit status: 0 if all went well, 1 if something failed, 2 if the command line
-was wrong. Where something fails, the last line on standard error names the
+Exit status: 0 if all went well, 1 if something failed (a URL that can't be
+opened is one such thing, whatever is wrong with it), 2 if a command, an
+argument or a flag was wrong. Where something fails, the last line on standard error names the
 thing, the reason, and what to do next.`
 
 func (a *app) rootCmd() *cobra.Command {

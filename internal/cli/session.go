@@ -10,6 +10,7 @@ import (
 	"os"
 	"path"
 	"path/filepath"
+	"strings"
 	"sync"
 	"time"
 
@@ -71,6 +72,9 @@ type mountOptions struct {
 // mounts that at path, which is absolute. On failure nothing is left behind.
 func (a *app) openSession(ctx context.Context, rawURL, path string, o mountOptions) (s *session, err error) {
 	if err := checkMountpoint(path); err != nil {
+		return nil, err
+	}
+	if err := a.checkApart(path, rawURL, o.cacheDir); err != nil {
 		return nil, err
 	}
 	remote, err := a.open(ctx, rawURL, backend.Options{
@@ -378,11 +382,17 @@ func (s *session) finish(start time.Time, before int64) {
 	close(s.over)
 }
 
+// because is why writes did not reach the remote, for a text that has said that
+// they did not.
 func because(err error) string {
 	if err == nil {
 		return ""
 	}
-	return ": " + oneLine(err.Error())
+	text := err.Error()
+	if u := (*region.UnpushedError)(nil); errors.As(err, &u) {
+		text = strings.Replace(text, u.Error(), u.Err.Error(), 1)
+	}
+	return ": " + oneLine(text)
 }
 
 // abort ends the session without waiting for applications, and tells what is
