@@ -6,6 +6,9 @@
 // the other one, and then shows it in the first. Pages of the source that are
 // known to be zero take memory only when they are touched.
 //
+// [OpenURL] has the faults served by a helper process, and is what to use
+// wherever the source has a URL.
+//
 // # Deadlocks
 //
 // [Open] serves the faults of its own process. A goroutine that touches absent
@@ -16,7 +19,7 @@
 // [Memory.ReadAt] and [Memory.WriteAt], which are safe anywhere, or call
 // [Memory.Populate] before the bytes are used. Plain loads and stores are safe
 // as well. The same holds for every source that runs in this process, however
-// it is reached.
+// it is reached: a memory served by a helper from a server in this process, too.
 //
 // # Failures
 //
@@ -24,7 +27,12 @@
 // gives SIGBUS, in Go a fault that runtime/debug.SetPanicOnFault makes a panic,
 // in system calls EFAULT, in ReadAt an error. When the page arrives after all,
 // it heals. Where the kernel can't poison (before 6.6), the access waits until
-// the source is back.
+// the source is back. The same holds, at once, for what has not arrived when a
+// helper dies.
+//
+// BUG(uffd): threads that wait for a page at the moment when their helper dies
+// are freed by this process. If they are as many as there are Ps, and all of
+// them inside the runtime, nobody is left to do that.
 //
 // # Caveats
 //

@@ -5,6 +5,7 @@ import (
 	"fmt"
 	"sync"
 	"sync/atomic"
+	"unsafe"
 
 	"golang.org/x/sys/unix"
 
@@ -34,11 +35,17 @@ type landing struct {
 	protect uffd.Flags
 
 	locks [64]sync.Mutex // by block of hugeSize; guards changes of state
+	// state is in memory that outlives the process that serves: whoever comes
+	// after it knows what has landed.
 	state []atomic.Uint32
 }
 
-func newLanding(fd *uffd.FD, base uintptr, fill []byte, size int64) *landing {
-	l := &landing{fd: fd, base: base, fill: fill, size: size, state: make([]atomic.Uint32, len(fill)/pageSize)}
+// stateSize returns how much memory the states of n bytes take.
+func stateSize(n int64) int64 { return roundUp(roundUp(n) / pageSize * 4) }
+
+func newLanding(fd *uffd.FD, base uintptr, fill, state []byte, size int64) *landing {
+	l := &landing{fd: fd, base: base, fill: fill, size: size}
+	l.state = unsafe.Slice((*atomic.Uint32)(unsafe.Pointer(unsafe.SliceData(state))), len(fill)/pageSize)
 	if fd.Features()&uffd.FeatureWPAsync != 0 {
 		l.protect = uffd.Protect
 	}

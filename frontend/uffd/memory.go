@@ -4,8 +4,8 @@ import (
 	"context"
 	"errors"
 	"fmt"
-	"log/slog"
 	"math"
+	"os"
 	"runtime/debug"
 	"sync"
 	"sync/atomic"
@@ -35,17 +35,28 @@ type Memory struct {
 	o     Options
 	app   mapping // what the application sees; its faults are served
 	plain mapping // the same memory, without any faults
+	state mapping // what has landed; see landing
 	fd    *uffd.FD
 
-	server   *server
-	cancel   context.CancelFunc // ends what the server is doing
-	served   chan struct{}      // closed when it has ended
-	serveErr error              // why, once served is closed
-	tracker  *tracker           // nil where writes are not tracked
+	engine  engine
+	tracker *tracker // nil where writes are not tracked
 
 	gate      gate.Gate
 	closeOnce sync.Once
 	closeErr  error
+}
+
+// engine serves the faults of a memory, here or in a helper.
+type engine interface {
+	// pull waits until everything is here.
+	pull(ctx context.Context) error
+	// sync hands written pages to the source.
+	sync(b Bitmap) error
+	stats() (region.Stats, error)
+	// readOnly reports whether the source refuses writes.
+	readOnly() bool
+	// close closes the source and ends serving.
+	close() error
 }
 
 // Open makes source available as memory, served by this process: read the
@@ -55,32 +66,53 @@ type Memory struct {
 // It needs Linux 5.14; where something is missing, the error is
 // memferry.ErrNotSupported.
 func Open(ctx context.Context, source memferry.Backend, o Options) (*Memory, error) {
-	m, err := open(o, source.Size())
+	m, f, err := open(o, source.Size())
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("uffd: %w", err), source.Close())
 	}
-	if err := m.serve(ctx, source); err != nil { // which has closed the source
+	f.close()
+	l, err := newLocal(ctx, source, m.landing(), m.o) // which closes the source if it fails
+	if err != nil {
 		return nil, errors.Join(fmt.Errorf("uffd: %w", err), m.release())
 	}
+	m.engine = l
 	return m, nil
+}
+
+// landing is for the server of the memory in this process.
+func (m *Memory) landing() *landing {
+	return newLanding(m.fd, address(m.app.data), m.plain.data, m.state.data, m.size)
+}
+
+// files are what a helper needs to serve a memory.
+type files struct{ data, state *os.File }
+
+func (f files) close() {
+	for _, f := range []*os.File{f.data, f.state} {
+		if f != nil {
+			f.Close() // the mappings keep it
+		}
+	}
 }
 
 // open makes the memory, with nobody serving it.
-func open(o Options, n int64) (*Memory, error) {
+func open(o Options, n int64) (*Memory, files, error) {
+	var f files
 	if err := o.validate(); err != nil {
-		return nil, err
+		return nil, f, err
 	}
 	if n <= 0 || n > math.MaxInt-hugeSize-pageSize {
-		return nil, fmt.Errorf("source of %s can't be memory: %w", size.Format(n), memferry.ErrOutOfRange)
+		return nil, f, fmt.Errorf("source of %s can't be memory: %w", size.Format(n), memferry.ErrOutOfRange)
 	}
 	m := &Memory{size: n, o: o}
-	if err := m.build(); err != nil {
-		return nil, errors.Join(err, m.release())
+	if err := m.build(&f); err != nil {
+		f.close()
+		return nil, f, errors.Join(err, m.release())
 	}
-	return m, nil
+	return m, f, nil
 }
 
-func (m *Memory) build() error {
+func (m *Memory) build(f *files) error {
 	features, err := choose(m.o.ReadOnly)
 	if err != nil {
 		return err
@@ -89,19 +121,28 @@ func (m *Memory) build() error {
 		return err
 	}
 	n := roundUp(m.size)
-	f, err := newFile(n, !m.o.SmallPages)
-	if err != nil {
+	if f.data, err = newFile(n, !m.o.SmallPages); err != nil {
 		return err
 	}
-	defer f.Close() // the mappings keep it
-	if m.plain, err = mapFile(f, n, unix.PROT_READ|unix.PROT_WRITE); err != nil {
+	if f.state, err = newFile(stateSize(m.size), false); err != nil {
 		return err
 	}
+	if m.plain, err = mapFile(f.data, n, unix.PROT_READ|unix.PROT_WRITE); err != nil {
+		return err
+	}
+	if m.state, err = mapFile(f.state, stateSize(m.size), unix.PROT_READ|unix.PROT_WRITE); err != nil {
+		return err
+	}
+	return m.register(*f, features, n)
+}
+
+// register makes the application's mapping, and has its faults reported.
+func (m *Memory) register(f files, features uffd.Feature, n int64) (err error) {
 	prot := unix.PROT_READ | unix.PROT_WRITE
 	if m.o.ReadOnly {
 		prot = unix.PROT_READ
 	}
-	if m.app, err = mapFile(f, n, prot); err != nil {
+	if m.app, err = mapFile(f.data, n, prot); err != nil {
 		return err
 	}
 	mode := uffd.ModeMissing | uffd.ModeMinor
@@ -119,6 +160,9 @@ func (m *Memory) build() error {
 
 // choose returns the features to open with.
 func choose(readOnly bool) (uffd.Feature, error) {
+	if n := os.Getpagesize(); n != pageSize {
+		return 0, fmt.Errorf("pages of %s: %w", size.Format(int64(n)), memferry.ErrNotSupported)
+	}
 	have, err := uffd.Available()
 	if err != nil {
 		return 0, err
@@ -131,31 +175,6 @@ func choose(readOnly bool) (uffd.Feature, error) {
 		features |= tracking
 	}
 	return features, nil
-}
-
-// serve starts the region and the server of the faults.
-func (m *Memory) serve(ctx context.Context, source memferry.Backend) error {
-	land := newLanding(m.fd, address(m.app.data), m.plain.data, m.size)
-	r, err := region.Open(ctx, source, land, m.o.region())
-	if err != nil {
-		return err
-	}
-	stop, err := unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK)
-	if err != nil {
-		return errors.Join(fmt.Errorf("eventfd: %w", err), r.Close())
-	}
-	log := m.o.Logger
-	if log == nil {
-		log = slog.New(slog.DiscardHandler)
-	}
-	serving, cancel := context.WithCancel(context.Background())
-	m.cancel, m.served = cancel, make(chan struct{})
-	m.server = &server{fd: m.fd, stop: stop, land: land, region: r, log: log, active: make(map[int64]bool)}
-	go func() {
-		defer close(m.served)
-		m.serveErr = m.server.run(serving)
-	}()
-	return nil
 }
 
 // Size returns the size of the source.
@@ -269,21 +288,20 @@ func (m *Memory) Wait(ctx context.Context) error {
 		return fmt.Errorf("uffd: wait: %w", memferry.ErrClosed)
 	}
 	defer m.gate.Leave()
-	done := make(chan error, 1)
-	go func() { done <- m.server.region.Pull(ctx) }()
-	select {
-	case err := <-done:
-		return err
-	case <-m.served:
-		if m.serveErr != nil {
-			return m.serveErr
-		}
-		return fmt.Errorf("uffd: wait: %w", memferry.ErrClosed)
+	if err := m.engine.pull(ctx); err != nil {
+		return fmt.Errorf("uffd: %w", err)
 	}
+	return nil
 }
 
 // Stats returns a snapshot of the region behind the memory.
-func (m *Memory) Stats() region.Stats { return m.server.region.Stats() }
+func (m *Memory) Stats() (region.Stats, error) {
+	if !m.gate.Enter() {
+		return region.Stats{}, fmt.Errorf("uffd: stats: %w", memferry.ErrClosed)
+	}
+	defer m.gate.Leave()
+	return m.engine.stats()
+}
 
 // Close hands what was written to the source, as Sync does, ends the memory,
 // and closes the source. Nobody may use the bytes any more. It is idempotent.
@@ -294,23 +312,13 @@ func (m *Memory) Close() error {
 
 func (m *Memory) close() error {
 	var errs []error
-	if m.tracker != nil && !m.server.region.ReadOnly() {
+	if m.tracker != nil && !m.engine.readOnly() {
 		errs = append(errs, m.Sync())
 	}
 	m.gate.Shut()
-	// This makes calls that wait for a fault return: see server.serve.
-	m.cancel()
-	errs = append(errs, m.server.region.Close())
-	var one [8]byte
-	one[0], one[7] = 1, 1 // whatever the byte order, more than zero
-	if _, err := unix.Write(m.server.stop, one[:]); err != nil {
-		errs = append(errs, fmt.Errorf("stop the server: %w", err))
-	}
-	<-m.served
-	errs = append(errs, m.serveErr, m.unblock())
+	errs = append(errs, m.engine.close(), m.unblock())
 	<-m.gate.Idle()
-	errs = append(errs, unix.Close(m.server.stop), m.release())
-	return errors.Join(errs...)
+	return errors.Join(append(errs, m.release())...)
 }
 
 // unblock lets calls that are waiting for pages go on.
@@ -327,5 +335,5 @@ func (m *Memory) release() error {
 	if m.fd != nil {
 		errs = append(errs, m.fd.Close())
 	}
-	return errors.Join(append(errs, m.app.close(), m.plain.close())...)
+	return errors.Join(append(errs, m.app.close(), m.plain.close(), m.state.close())...)
 }

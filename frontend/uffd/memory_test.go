@@ -25,8 +25,6 @@ import (
 	"github.com/memferry/memferry/region"
 )
 
-func TestMain(m *testing.M) { testenv.Main(m) }
-
 // Every test here shares its process with the server of the faults. They reach
 // absent memory by system calls, and by loads and stores of single words.
 
@@ -67,6 +65,15 @@ func memory(t testing.TB, b memferry.Backend, o Options) *Memory {
 		}
 	})
 	return m
+}
+
+func stats(t testing.TB, m *Memory) region.Stats {
+	t.Helper()
+	s, err := m.Stats()
+	if err != nil {
+		t.Fatal(err)
+	}
+	return s
 }
 
 func tracked(t testing.TB, m *Memory) {
@@ -142,7 +149,7 @@ func TestZeroes(t *testing.T) {
 		}
 	}
 	// A few requests may leave before the source was asked where its data is.
-	if s := m.Stats(); s.PulledBytes > n/64 {
+	if s := stats(t, m); s.PulledBytes > n/64 {
 		t.Errorf("%d bytes were pulled", s.PulledBytes)
 	}
 }
@@ -243,7 +250,7 @@ func TestCloseUnblocks(t *testing.T) {
 		_, err := m.ReadAt(make([]byte, 100), 5000)
 		done <- err
 	}()
-	for m.Stats().DemandWaits == 0 {
+	for stats(t, m).DemandWaits == 0 {
 		time.Sleep(time.Millisecond)
 	}
 	if err := m.Close(); err != nil {
@@ -326,7 +333,7 @@ func TestSync(t *testing.T) {
 	if !bytes.Equal(got, want) {
 		t.Error("the source differs from the memory")
 	}
-	if s := m.Stats(); s.PushedBytes > 201*s.ChunkSize {
+	if s := stats(t, m); s.PushedBytes > 201*s.ChunkSize {
 		t.Errorf("%d bytes were pushed", s.PushedBytes)
 	}
 }

@@ -19,13 +19,16 @@ import (
 // to fail.
 const retryPause = 100 * time.Millisecond
 
+// errNoSource is why pages can't arrive once the helper has died.
+var errNoSource = errors.New("the process that served the memory has died")
+
 // server answers the faults of one memory from a region. No error ends it but
 // that of the descriptor itself.
 type server struct {
 	fd     *uffd.FD
 	stop   int // an eventfd that ends run
 	land   *landing
-	region *region.Region
+	region *region.Region // nil where there is no source any more
 	log    *slog.Logger
 
 	wg     sync.WaitGroup
@@ -99,7 +102,7 @@ func (s *server) serve(ctx context.Context, page int64) {
 		if errors.Is(err, memferry.ErrClosed) || ctx.Err() != nil {
 			return
 		}
-		s.log.Error("page fault", "offset", page*pageSize, "error", err)
+		s.log.Error("a page can't be had", "offset", page*pageSize, "error", err)
 		if err = s.land.poison(page); err == nil || gone(err) && s.fd.Features()&uffd.FeaturePoison != 0 {
 			return
 		}
@@ -119,6 +122,9 @@ func (s *server) fetch(ctx context.Context, page int64) error {
 		return s.land.remap(page, page+1, 0)
 	case pageZero:
 		return s.land.landZero(page)
+	}
+	if s.region == nil {
+		return errNoSource
 	}
 	var b [1]byte
 	if _, err := s.region.ReadAtContext(memferry.WithClass(ctx, memferry.ClassDemand), b[:], page*pageSize); err != nil {

@@ -103,7 +103,7 @@ func (t *tracker) take(which *Bitmap) (Bitmap, error) {
 	return taken, nil
 }
 
-// putBack notes again what the region did not take.
+// putBack notes again what may not have reached the source.
 func (t *tracker) putBack(b Bitmap) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
@@ -164,19 +164,8 @@ func (m *Memory) Sync() error {
 	if err != nil {
 		return fmt.Errorf("uffd: sync: %w", err)
 	}
-	r := m.server.region
-	err = b.Runs(func(page, n int64) error {
-		off := page * pageSize
-		// The region reads the memory when it pushes; here it only has to
-		// know. See landing.
-		_, err := r.WriteAt(m.plain.data[off:min(m.size, off+n*pageSize)], off)
-		return err
-	})
-	if err != nil {
-		m.tracker.putBack(b)
-		return fmt.Errorf("uffd: sync: %w", err)
-	}
-	if err := r.Sync(); err != nil { // the region knows what is left to push
+	if err := m.engine.sync(b); err != nil {
+		m.tracker.putBack(b) // whoever knew of it may be gone
 		return fmt.Errorf("uffd: sync: %w", err)
 	}
 	return nil

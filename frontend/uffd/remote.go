@@ -1,0 +1,275 @@
+package uffd
+
+import (
+	"context"
+	"errors"
+	"fmt"
+	"os"
+	"os/exec"
+	"strconv"
+	"sync"
+	"syscall"
+	"time"
+
+	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/region"
+)
+
+// OpenURL makes the backend that url names available as memory, served by a
+// helper: this program's executable, started once more. Its main must begin
+// with [Helper]. The bytes can be used at once and without restraint: the
+// package's section on deadlocks doesn't apply.
+//
+// The helper ends with this process, after what Sync handed over has been
+// pushed. If it dies before, whatever has not arrived by then fails as if it
+// were late; what is there stays, and can be read and written.
+//
+// Options.Logger gets what concerns this process alone.
+func OpenURL(ctx context.Context, url string, o Options) (*Memory, error) {
+	m, err := openURL(ctx, url, o)
+	if err != nil {
+		return nil, fmt.Errorf("uffd: %w", err)
+	}
+	return m, nil
+}
+
+func openURL(ctx context.Context, url string, o Options) (*Memory, error) {
+	r, err := startHelper()
+	if err != nil {
+		return nil, err
+	}
+	stop := context.AfterFunc(ctx, r.abandon)
+	m, err := r.open(url, o)
+	if !stop() && err != nil {
+		err = errors.Join(ctx.Err(), err)
+	}
+	if err != nil {
+		r.abandon()
+		return nil, errors.Join(err, r.wait())
+	}
+	return m, nil
+}
+
+// remote is an engine in a helper.
+type remote struct {
+	conn   *conn
+	cmd    *exec.Cmd
+	exited chan struct{} // closed when the process has ended
+
+	refuses bool          // the source is read-only
+	ended   chan struct{} // closed when the helper no longer answers
+	dead    *local        // serves from then on; set before ended is closed
+	deadErr error
+
+	mu      sync.Mutex
+	next    uint64
+	calls   map[uint64]chan *message // nil once nobody answers
+	closing bool
+}
+
+func startHelper() (*remote, error) {
+	ours, theirs, err := socketpair()
+	if err != nil {
+		return nil, err
+	}
+	defer theirs.Close()
+	r := &remote{conn: ours, exited: make(chan struct{}), ended: make(chan struct{}), calls: make(map[uint64]chan *message)}
+	// Not os.Executable: the file may have been replaced since.
+	r.cmd = exec.Command("/proc/self/exe")
+	r.cmd.Args[0] = os.Args[0]
+	r.cmd.ExtraFiles = []*os.File{theirs} // descriptor 3
+	r.cmd.Env = append(os.Environ(), helperEnv+"="+strconv.Itoa(3))
+	r.cmd.Stderr = os.Stderr
+	// Signals of a terminal are for the owner, which closes the memory.
+	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
+	if err := r.cmd.Start(); err != nil {
+		ours.close()
+		return nil, fmt.Errorf("start the helper: %w", err)
+	}
+	go func() {
+		defer close(r.exited)
+		_ = r.cmd.Wait() // its end is seen on the socket
+	}()
+	return r, nil
+}
+
+// open does the first exchanges, and then starts to receive.
+func (r *remote) open(url string, o Options) (*Memory, error) {
+	var size message
+	w := wireOptions{ChunkSize: o.ChunkSize, Pull: o.Pull, IOTimeout: o.IOTimeout, Rate: o.Rate, ReadOnly: o.ReadOnly}
+	if err := r.exchange(&message{URL: url, Options: w}, &size); err != nil {
+		return nil, err
+	}
+	m, f, err := open(o, size.Size)
+	if err != nil {
+		return nil, err
+	}
+	defer f.close()
+	var ready message
+	memory := &message{Base: uint64(address(m.app.data)), Size: m.size, Features: uint64(m.fd.Features())}
+	if err := r.exchange(memory, &ready, m.fd.Fd(), int(f.data.Fd()), int(f.state.Fd())); err != nil {
+		return nil, errors.Join(err, m.release())
+	}
+	r.refuses = ready.ReadOnly
+	m.engine = r
+	go r.receive(m.landing(), o)
+	return m, nil
+}
+
+// exchange is for the time before receive runs.
+func (r *remote) exchange(m, answer *message, fds ...int) error {
+	if err := r.conn.send(m, fds...); err != nil {
+		return fmt.Errorf("helper: %w", err)
+	}
+	got, err := r.conn.receive(answer)
+	closeAll(got)
+	if err != nil {
+		return fmt.Errorf("helper (does main begin with uffd.Helper?): %w", err)
+	}
+	return answer.Error.decode()
+}
+
+// receive passes answers on until the helper is gone. Then, unless that was
+// asked for, it puts something in the helper's place that lets no fault hang.
+func (r *remote) receive(land *landing, o Options) {
+	defer close(r.ended)
+	for {
+		m := new(message)
+		fds, err := r.conn.receive(m)
+		closeAll(fds)
+		if err != nil {
+			break
+		}
+		r.mu.Lock()
+		if c := r.calls[m.ID]; c != nil {
+			c <- m // there is room for one, and there is but one answer
+			delete(r.calls, m.ID)
+		}
+		r.mu.Unlock()
+	}
+	r.mu.Lock()
+	closing := r.closing
+	for _, c := range r.calls {
+		close(c)
+	}
+	r.calls = nil
+	r.mu.Unlock()
+	if closing {
+		return
+	}
+	r.dead, r.deadErr = newLocal(context.Background(), nil, land, o)
+	if err := land.fd.Wake(land.base, uintptr(len(land.fill))); err != nil {
+		r.deadErr = errors.Join(r.deadErr, err)
+	}
+}
+
+// call asks the helper for something.
+func (r *remote) call(ctx context.Context, m *message) (*message, error) {
+	c := make(chan *message, 1)
+	r.mu.Lock()
+	if r.calls == nil {
+		r.mu.Unlock()
+		return nil, errNoSource
+	}
+	r.next++
+	m.ID = r.next
+	r.calls[m.ID] = c
+	r.mu.Unlock()
+	if err := r.conn.send(m); err != nil {
+		r.forget(m.ID)
+		return nil, errors.Join(errNoSource, err)
+	}
+	select {
+	case a, ok := <-c:
+		if !ok {
+			return nil, errNoSource
+		}
+		return a, a.Error.decode()
+	case <-ctx.Done():
+		r.forget(m.ID)
+		return nil, ctx.Err()
+	}
+}
+
+func (r *remote) forget(id uint64) {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	delete(r.calls, id)
+}
+
+func (r *remote) pull(ctx context.Context) error {
+	_, err := r.call(ctx, &message{Op: opPull})
+	return err
+}
+
+func (r *remote) stats() (region.Stats, error) {
+	a, err := r.call(context.Background(), &message{Op: opStats})
+	if err != nil {
+		return region.Stats{}, err
+	}
+	if a.Stats == nil {
+		return region.Stats{}, fmt.Errorf("helper: no statistics: %w", memferry.ErrNotSupported)
+	}
+	return *a.Stats, nil
+}
+
+func (r *remote) readOnly() bool { return r.refuses }
+
+func (r *remote) sync(b Bitmap) error {
+	m := &message{Op: opWrote}
+	flush := func() error {
+		_, err := r.call(context.Background(), m)
+		m = &message{Op: opWrote}
+		return err
+	}
+	err := b.Runs(func(page, n int64) error {
+		m.Runs = append(m.Runs, [2]int64{page, n})
+		if len(m.Runs) == maxRuns {
+			return flush()
+		}
+		return nil
+	})
+	if err == nil && len(m.Runs) > 0 {
+		err = flush()
+	}
+	if err != nil {
+		return err
+	}
+	_, err = r.call(context.Background(), &message{Op: opSync})
+	return err
+}
+
+func (r *remote) close() error {
+	r.mu.Lock()
+	r.closing = true
+	r.mu.Unlock()
+	_, err := r.call(context.Background(), &message{Op: opClose})
+	r.conn.close()
+	<-r.ended
+	errs := []error{err, r.deadErr}
+	if r.dead != nil {
+		errs = append(errs, r.dead.close())
+	}
+	return errors.Join(append(errs, r.wait())...)
+}
+
+// abandon makes the helper end, which it does on the end of the socket.
+func (r *remote) abandon() { r.conn.close() }
+
+// helperGrace is how long a helper may take to end once its socket is closed;
+// it may be in the middle of opening a source.
+const helperGrace = 5 * time.Second
+
+func (r *remote) wait() error {
+	select {
+	case <-r.exited:
+		return nil
+	case <-time.After(helperGrace):
+	}
+	err := r.cmd.Process.Kill()
+	<-r.exited
+	if errors.Is(err, os.ErrProcessDone) {
+		return nil
+	}
+	return err
+}
