@@ -399,6 +399,8 @@ func (r *Region) awaitRound(ctx context.Context) (done bool, err error) {
 		return false, err
 	case <-ctx.Done():
 		return true, fmt.Errorf("push: %w", context.Cause(ctx))
+	case <-r.patience.Done():
+		return true, fmt.Errorf("push: %w", context.Cause(r.patience))
 	case <-r.ctx.Done():
 		return true, memferry.ErrClosed
 	}

@@ -55,7 +55,10 @@ type Region struct {
 
 	ctx    context.Context // of everything that talks to the remote
 	cancel context.CancelCauseFunc
-	wg     sync.WaitGroup // goroutines of the region
+	// patience ends when nobody waits for pushes any more, see Abandon.
+	patience context.Context
+	abandon  context.CancelCauseFunc
+	wg       sync.WaitGroup // goroutines of the region
 
 	closeOnce sync.Once
 	closeErr  error
@@ -141,6 +144,7 @@ func open(ctx context.Context, remote, local memferry.Backend, o Options) (*Regi
 	r.initPull()
 	r.initPush()
 	r.ctx, r.cancel = context.WithCancelCause(context.Background())
+	r.patience, r.abandon = context.WithCancelCause(r.ctx)
 	return r, nil
 }
 
@@ -180,6 +184,13 @@ func (r *Region) Close() error {
 	r.closeOnce.Do(func() { r.closeErr = r.close() })
 	return r.closeErr
 }
+
+// Abandon has Push, Sync and Close, also those under way, not wait for the
+// remote any more: what is dirty stays in the cache, and is lost without one.
+// Call Close afterwards; it says what was not pushed.
+func (r *Region) Abandon() { r.abandon(errAbandoned) }
+
+var errAbandoned = errors.New("given up")
 
 func (r *Region) close() error {
 	r.closed.Store(true)
@@ -226,7 +237,7 @@ func (e *UnpushedError) Unwrap() error { return e.Err }
 func (r *Region) finalPush() error {
 	var err error
 	if r.unpushed() > 0 {
-		ctx, cancel := context.WithTimeoutCause(r.ctx, r.o.IOTimeout,
+		ctx, cancel := context.WithTimeoutCause(r.patience, r.o.IOTimeout,
 			fmt.Errorf("the remote did not take it within %v: %w", r.o.IOTimeout, memferry.ErrTimeout))
 		defer cancel()
 		if err = r.pushAll(ctx); errors.Is(err, context.DeadlineExceeded) {

@@ -6,6 +6,7 @@ import (
 	"errors"
 	"io"
 	"slices"
+	"strings"
 	"sync"
 	"testing"
 	"time"
@@ -295,6 +296,30 @@ func TestReadTimesOut(t *testing.T) {
 		_, err := r.ReadAt(make([]byte, 10), 0)
 		return err == nil
 	})
+}
+
+// TestAbandon has Close, and a Push under way, not wait for a remote that does
+// not answer.
+func TestAbandon(t *testing.T) {
+	f := newRemote(pattern(1<<20, 1))
+	hook, held, release := hold(func(o op) bool { return o.kind == "write" })
+	defer release()
+	f.hook = hook
+	o := Options{Pull: PullNone, PushInterval: -1, PushIdle: -1, PushBacklog: -1, IOTimeout: time.Hour}
+	r := open2(t, f, newLocal(1<<20), o)
+	if _, err := r.WriteAt(pattern(pageSize, 9), 0); err != nil {
+		t.Fatal(err)
+	}
+	pushed := make(chan error)
+	go func() { pushed <- r.Push(deadline(t)) }()
+	<-held
+	r.Abandon()
+	if err := <-pushed; !errors.Is(err, errAbandoned) {
+		t.Errorf("Push: %v, want %v", err, errAbandoned)
+	}
+	if err := r.Close(); !errors.Is(err, errAbandoned) || !strings.Contains(err.Error(), "4096 bytes") {
+		t.Errorf("Close: %v, want what was lost", err)
+	}
 }
 
 func TestCloseUnblocksReads(t *testing.T) {

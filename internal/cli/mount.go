@@ -291,6 +291,8 @@ const busyPause = 500 * time.Millisecond
 // A second signal gives up on that.
 func (a *app) unmountPatiently(s *session) error {
 	hard := a.sig.Hard()
+	stop := context.AfterFunc(hard, s.hurry)
+	defer stop()
 	told := false
 	for {
 		sum, err := s.unmount(hard)
@@ -301,7 +303,7 @@ func (a *app) unmountPatiently(s *session) error {
 		if !errors.Is(err, memferry.ErrInUse) && hard.Err() == nil {
 			return err
 		}
-		if !told {
+		if !told && hard.Err() == nil {
 			told = true
 			s.log.Warn("the file is in use: waiting for it to be closed; signal again to end without waiting", "err", err)
 		}

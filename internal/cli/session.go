@@ -395,9 +395,19 @@ func because(err error) string {
 	return ": " + oneLine(text)
 }
 
-// abort ends the session without waiting for applications, and tells what is
-// lost by that.
+// hurry ends all waiting for the remote.
+func (s *session) hurry() {
+	if s.region != nil {
+		s.region.Abandon()
+	} else {
+		_ = s.backend.Close() // finish closes it again, and has the error
+	}
+}
+
+// abort ends the session without waiting for applications or the remote, and
+// tells what is lost by that.
 func (s *session) abort() error {
+	s.hurry()
 	err := s.device.Abort()
 	if werr := s.wait(context.Background()); werr != nil {
 		err = errors.Join(err, werr)
