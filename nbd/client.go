@@ -7,6 +7,7 @@ import (
 	"log/slog"
 	"math/rand/v2"
 	"net"
+	"slices"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -397,7 +398,7 @@ func (c *Client) broadcastLocked() {
 // install makes cc usable, unless the client was closed meanwhile.
 func (c *Client) install(slot int, cc *clientConn) bool {
 	cc.c = c
-	cc.lastHeard.Store(time.Now().UnixNano())
+	cc.heard()
 	c.mu.Lock()
 	if c.ctx.Err() != nil {
 		c.mu.Unlock()
@@ -467,8 +468,14 @@ func (c *Client) watch() {
 		c.mu.Lock()
 		conns := append([]*clientConn(nil), c.conns...)
 		c.mu.Unlock()
+		silent := func(cc *clientConn) bool { return cc != nil && cc.silent() > stall }
+		if !slices.ContainsFunc(conns, silent) {
+			continue
+		}
+		// What happened to one has probably happened to those that had nothing
+		// to say meanwhile. To find out one by one takes too long.
 		for _, cc := range conns {
-			if cc != nil && cc.silent() > stall {
+			if silent(cc) || cc != nil && time.Since(time.Unix(0, cc.lastReply.Load())) > stall {
 				cc.fail(fmt.Errorf("nothing heard for %v: %w", stall, memferry.ErrTimeout))
 			}
 		}

@@ -66,7 +66,8 @@ type clientConn struct {
 	fenceable    bool // by its id
 
 	bytes     atomic.Int64 // in flight
-	lastHeard atomic.Int64 // UnixNano of the last reply or, after idleness, request
+	lastReply atomic.Int64 // UnixNano of the last bytes of a reply
+	lastHeard atomic.Int64 // of those or, after idleness, of a request
 
 	mu      sync.Mutex
 	calls   map[uint64]*call
@@ -233,6 +234,13 @@ func (cc *clientConn) leave() {
 	cc.failLocked(memferry.ErrClosed)
 }
 
+// heard notes that the server has sent something.
+func (cc *clientConn) heard() {
+	now := time.Now().UnixNano()
+	cc.lastReply.Store(now)
+	cc.lastHeard.Store(now)
+}
+
 // silent returns for how long an answer is overdue.
 func (cc *clientConn) silent() time.Duration {
 	cc.mu.Lock()
@@ -297,7 +305,7 @@ func (cc *clientConn) readReply() error {
 	if err != nil {
 		return fmt.Errorf("receive: %w", err)
 	}
-	cc.lastHeard.Store(time.Now().UnixNano())
+	cc.heard()
 	switch replyMagic(b) {
 	case magicSimpleReply:
 		return cc.simpleReply()
@@ -492,8 +500,16 @@ func (cc *clientConn) data(k *call, off uint64, n uint32) error {
 		if k.sink != nil {
 			return cc.stream(k, int64(off), int64(n))
 		}
-		_, err := io.ReadFull(cc.in, k.dst[off-k.req.offset:][:n])
-		return err
+		// In pieces: over a slow link each of them is a sign of life.
+		for p := k.dst[off-k.req.offset:][:n]; len(p) > 0; {
+			piece := p[:min(len(p), streamPiece)]
+			if _, err := io.ReadFull(cc.in, piece); err != nil {
+				return err
+			}
+			cc.heard()
+			p = p[len(piece):]
+		}
+		return nil
 	}, func() error {
 		_, err := io.CopyN(io.Discard, cc.in, int64(n))
 		return err
@@ -546,7 +562,7 @@ func (cc *clientConn) stream(k *call, off, n int64) error {
 		}
 		off += int64(len(p))
 		n -= int64(len(p))
-		cc.lastHeard.Store(time.Now().UnixNano())
+		cc.heard()
 	}
 	return nil
 }
