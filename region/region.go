@@ -233,6 +233,27 @@ func (e *UnpushedError) Error() string {
 // Unwrap returns why.
 func (e *UnpushedError) Unwrap() error { return e.Err }
 
+// finalSync bounds how long Close waits for a sync of the remote alone.
+const finalSync = 5 * time.Second
+
+// syncLeftovers has the remote make durable what an earlier process may have
+// pushed to it without its cache having noted the pages: they show here, and
+// must stay. Nothing of this session is at stake, so a remote that does not
+// answer is no reason for Close to fail.
+func (r *Region) syncLeftovers() {
+	r.mu.Lock()
+	synced := r.push.synced
+	r.mu.Unlock()
+	if r.o.Store == nil || synced {
+		return
+	}
+	ctx, cancel := context.WithTimeout(r.patience, min(r.o.IOTimeout, finalSync))
+	defer cancel()
+	if err := r.pushAll(ctx); err != nil {
+		r.noteError(ErrorSync, err)
+	}
+}
+
 // finalPush pushes what is left, and names what could not be.
 func (r *Region) finalPush() error {
 	var err error
@@ -243,6 +264,9 @@ func (r *Region) finalPush() error {
 		if err = r.pushAll(ctx); errors.Is(err, context.DeadlineExceeded) {
 			err = context.Cause(ctx)
 		}
+	}
+	if err == nil {
+		r.syncLeftovers()
 	}
 	if left := r.unpushed(); left > 0 {
 		if err == nil {
