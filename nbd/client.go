@@ -359,7 +359,7 @@ func (c *Client) checkInstance(cc *clientConn) {
 // enterInstance is called with each new connection, before it is used.
 func (c *Client) enterInstance(cc *clientConn) {
 	old := c.instance.Swap(&cc.info.instance)
-	if old == nil || *old == cc.info.instance {
+	if old == nil || *old == cc.info.instance || *old == "" { // then each break was counted
 		return
 	}
 	// Looked at only now: what is acknowledged later, on a connection to the
