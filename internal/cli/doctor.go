@@ -15,6 +15,7 @@ import (
 	"golang.org/x/sys/unix"
 
 	"github.com/memferry/memferry/internal/size"
+	"github.com/memferry/memferry/internal/sys/uffd"
 )
 
 // finding is what doctor says about one feature.
@@ -83,7 +84,7 @@ func (a *app) printFindings(found []finding, asJSON bool) error {
 func examine() []finding {
 	return []finding{
 		checkKernel(), checkFUSE(), checkFusermount(), checkPassthrough(),
-		checkUserfaultfd(), checkNBD(), checkUblk(), checkUserNS(),
+		checkUserfaultfd(), checkPoison(), checkTracking(), checkNBD(), checkUblk(), checkUserNS(),
 		checkFiles(), checkLocked(), checkRuntimeDir(),
 	}
 }
@@ -199,6 +200,28 @@ func checkUserfaultfd() finding {
 		f.Remedy = "allow the system call in the container's seccomp profile"
 	}
 	return f
+}
+
+// checkPoison and checkTracking are about memory (frontend/uffd).
+func checkPoison() finding {
+	return checkMemory("userfaultfd poison", uffd.Have(uffd.FeaturePoison),
+		"memory whose source is gone fails", "memory whose source is gone waits for it")
+}
+
+func checkTracking() finding {
+	err := uffd.Have(uffd.FeatureWPAsync | uffd.FeatureWPShmem)
+	if err == nil {
+		err = uffd.HaveScan()
+	}
+	return checkMemory("userfaultfd write tracking", err, "writes to memory are found without stopping the writer",
+		"writes to memory don't reach its source")
+}
+
+func checkMemory(feature string, err error, with, without string) finding {
+	if err != nil {
+		return finding{Feature: feature, Detail: err.Error(), Remedy: without + " until then"}
+	}
+	return finding{Feature: feature, OK: true, Detail: with}
 }
 
 func checkNBD() finding {
