@@ -28,6 +28,7 @@ type generation struct {
 	tag    string                // of the content that the local copy matches
 	own    bool                  // our pushes may have changed it since
 	rounds int64                 // pushes begun
+	active bool                  // one has begun, and may have sent something
 	pushed time.Time             // the last of them
 	wake   chan struct{}
 }
@@ -178,7 +179,7 @@ func (r *Region) beginPushGeneration() error {
 		return nil
 	}
 	r.mu.Lock()
-	r.gen.rounds++
+	r.gen.rounds, r.gen.active = r.gen.rounds+1, true
 	r.gen.pushed = time.Now()
 	own, known, changed := r.gen.own, r.gen.tag, r.changed
 	r.mu.Unlock()
@@ -216,7 +217,10 @@ func (r *Region) settleGeneration() {
 	}
 	r.mu.Lock()
 	c := r.table.Counts()
-	rounds, own := r.gen.rounds, r.gen.own && c.Dirty+c.Pushing+c.Unsynced == 0 && r.changed == nil
+	// A push that has begun, with nothing to send yet, sends what is written
+	// while the remote is being asked.
+	rest := !r.gen.active && c.Dirty+c.Pushing+c.Unsynced == 0
+	rounds, own := r.gen.rounds, r.gen.own && rest && r.changed == nil
 	r.mu.Unlock()
 	if !own {
 		return

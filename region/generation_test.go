@@ -99,3 +99,35 @@ func TestFenceFails(t *testing.T) {
 		t.Errorf("session %q is recorded, though that of %q may still write", st.session, "last")
 	}
 }
+
+// TestNothingSettlesDuringPush: a push that has begun, but found nothing dirty
+// yet, may still change the remote. A tag from before that must not be adopted:
+// the next one would pass for a change by somebody else.
+func TestNothingSettlesDuringPush(t *testing.T) {
+	remote := newRemote(pattern(4*pageSize, 1))
+	remote.tags = true
+	r := open2(t, remote, newLocal(4*pageSize), Options{Pull: PullNone, PushInterval: -1, PushIdle: -1})
+	if _, err := r.WriteAt(pattern(pageSize, 2), 0); err != nil {
+		t.Fatal(err)
+	}
+	if err := r.Push(t.Context()); err != nil {
+		t.Fatal(err)
+	}
+	own := func() bool {
+		r.mu.Lock()
+		defer r.mu.Unlock()
+		return r.gen.own
+	}
+	if err := r.beginPushGeneration(); err != nil {
+		t.Fatal(err)
+	}
+	r.settleGeneration()
+	if !own() {
+		t.Error("a tag was adopted while a push was under way")
+	}
+	r.pushRound() // ends it
+	r.settleGeneration()
+	if own() {
+		t.Error("no tag was adopted at rest")
+	}
+}

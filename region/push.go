@@ -141,6 +141,7 @@ func (r *Region) pushRound() {
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
+	r.gen.active = false
 	u := &r.push
 	if err == nil {
 		u.pause = 0
