@@ -66,8 +66,8 @@ powers of 1024. Durations are written as 500ms, 30s, 2m.
 
 Exit status: 0 if all went well, 1 if something failed (a URL that can't be
 opened is one such thing, whatever is wrong with it), 2 if a command, an
-argument or a flag was wrong. Where something fails, the last line on standard error names the
-thing, the reason, and what to do next.`
+argument or a flag was wrong. Where something fails, the last line on standard
+error names the thing, the reason, and what to do next.`
 
 func (a *app) rootCmd() *cobra.Command {
 	root := &cobra.Command{
