@@ -7,9 +7,9 @@ import (
 	"strings"
 )
 
-// checkApart refuses a mountpoint that is or holds what the mount stands on, or
-// lies within it: the mount would hide its own source or cache, and wait for
-// itself.
+// checkApart refuses a mountpoint that is what the mount stands on, or lies
+// within it, or the other way round: the mount would hide its own source or
+// cache, and wait for itself.
 func (a *app) checkApart(mountpoint, rawURL, cacheDir string) error {
 	if source := a.sourcePath(rawURL); source != "" && overlap(mountpoint, source) {
 		return apartError(mountpoint, "the source", source)
@@ -21,7 +21,7 @@ func (a *app) checkApart(mountpoint, rawURL, cacheDir string) error {
 }
 
 func apartError(mountpoint, what, path string) error {
-	return withRemedy(fmt.Errorf("mountpoint %s: would hide %s of the mount, %s", mountpoint, what, path), "choose another PATH")
+	return withRemedy(fmt.Errorf("mountpoint %s: overlaps with %s of the mount, %s", mountpoint, what, path), "choose another PATH")
 }
 
 // sourcePath is where rawURL's bytes lie on this host, absolute; empty if they

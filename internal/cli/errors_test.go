@@ -5,6 +5,7 @@ import (
 	"os"
 	"path/filepath"
 	"regexp"
+	"slices"
 	"strings"
 	"testing"
 )
@@ -53,13 +54,13 @@ func TestMistakesHaveOneForm(t *testing.T) {
 		{1, "is the server running", "info nbd://127.0.0.1:1/d"},
 		{1, "full is not empty: in use; choose", "mount " + file + " " + full},
 		{1, "mkdir -p", "mount " + file + " " + missing + "/m"},
-		{1, "would hide the source", "mount " + file + " " + file},
-		{1, "would hide the source", "mount " + file + " " + linked},
-		{1, "would hide the source", "mount file://" + file + " " + full + "/../a.img"},
-		{1, "would hide the source", "mount dir://" + full + "?size=1M " + full + "/x"},
-		{1, "would hide the cache", "mount --cache " + full + " " + file + " " + full + "/m"},
-		{1, "would hide the cache", "mount --cache " + missing + " " + file + " " + missing},
-		{1, "would hide the cache", "mount --cache " + full + "/x/c " + file + " " + full + "/x"},
+		{1, "overlaps with the source", "mount " + file + " " + file},
+		{1, "overlaps with the source", "mount " + file + " " + linked},
+		{1, "overlaps with the source", "mount file://" + file + " " + full + "/../a.img"},
+		{1, "overlaps with the source", "mount dir://" + full + "?size=1M " + full + "/x"},
+		{1, "overlaps with the cache", "mount --cache " + full + " " + file + " " + full + "/m"},
+		{1, "overlaps with the cache", "mount --cache " + missing + " " + file + " " + missing},
+		{1, "overlaps with the cache", "mount --cache " + full + "/x/c " + file + " " + full + "/x"},
 		{2, "--connections 999999: want a number from 1 to 16", "mount --connections 999999 " + file + " " + dir + "/m"},
 		{2, "--connections -1", "copy --connections -1 " + file + " " + missing},
 		{1, "a part of it", "mount --cache " + file + " " + file + " " + dir + "/m"},
@@ -88,5 +89,45 @@ func TestMistakesHaveOneForm(t *testing.T) {
 	left, err := filepath.Glob(dir + "/*")
 	if err != nil || fmt.Sprint(left) != fmt.Sprint([]string{file, full, linked}) {
 		t.Errorf("left behind: %v (error %v)", left, err)
+	}
+}
+
+// TestReadmeCommands gives the commands of the README's quick start, as written
+// but for the names of hosts and files. Each gets as far as the network.
+func TestReadmeCommands(t *testing.T) {
+	readme, err := os.ReadFile("../../README.md")
+	if err != nil {
+		t.Fatal(err)
+	}
+	dir := t.TempDir()
+	disk := filepath.Join(dir, "served")
+	if err := os.WriteFile(disk, make([]byte, 4096), 0o600); err != nil {
+		t.Fatal(err)
+	}
+	here := strings.NewReplacer("/srv/disk.img", disk, "/var/cache/disk", dir+"/cache", " disk.img", " "+dir+"/disk.img",
+		"0.0.0.0", "192.0.2.1", "server:10809", "127.0.0.1:1")
+	wants := map[string]string{
+		"serve":  "give an address that this machine has", // it would listen
+		"mount":  "is the server running",
+		"umount": "not a memferry mount",
+	}
+	for line := range strings.Lines(string(readme)) {
+		line, _, _ = strings.Cut(line, "#")
+		args := strings.Fields(here.Replace(line))
+		if len(args) < 2 || args[0] != "memferry" || wants[args[1]] == "" {
+			continue
+		}
+		var out lockedBuffer
+		Main(Env{Args: args[1:], Stdout: &out, Stderr: &out})
+		if args[1] == "serve" && !slices.Contains(args, "--insecure") {
+			t.Errorf("%s: would be refused beyond this host", strings.TrimSpace(line))
+		}
+		if !strings.Contains(out.String(), wants[args[1]]) {
+			t.Errorf("%s: said\n%swanted %q", strings.TrimSpace(line), out.String(), wants[args[1]])
+		}
+		delete(wants, args[1])
+	}
+	if len(wants) > 0 {
+		t.Errorf("the README shows no %v", wants)
 	}
 }
