@@ -389,6 +389,10 @@ func (r *Region) awaitRound(ctx context.Context) (done bool, err error) {
 		err, done = r.changed, true
 	default:
 		r.push.callers = append(r.push.callers, c)
+		// Somebody waits: the pause after failures in the background is too long.
+		if soon := time.Now().Add(minPushPause); r.push.hold.After(soon) {
+			r.push.hold = soon
+		}
 		r.push.kick()
 	}
 	r.mu.Unlock()

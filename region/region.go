@@ -261,9 +261,7 @@ func (r *Region) finalPush() error {
 		ctx, cancel := context.WithTimeoutCause(r.patience, r.o.IOTimeout,
 			fmt.Errorf("the remote did not take it within %v: %w", r.o.IOTimeout, memferry.ErrTimeout))
 		defer cancel()
-		if err = r.pushAll(ctx); err != nil && ctx.Err() != nil {
-			err = context.Cause(ctx)
-		}
+		err = r.pushAll(ctx)
 	}
 	if err == nil {
 		r.syncLeftovers()
