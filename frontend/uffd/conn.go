@@ -32,12 +32,14 @@ const (
 	opClose = "close"
 )
 
-// message is what owner and helper say to each other. The owner begins with a
-// URL and Options; the helper opens it and tells its Size. The owner makes the
+// message is what owner and helper say to each other. The owner begins with the
+// version of the Protocol, a URL and Options; the helper opens it and tells its
+// own version and the Size. The owner makes the
 // memory and sends Base, Size and Features, with the descriptors of the
 // userfaultfd, the memory and its states; the helper answers once it serves.
 // Then each request has an ID, under which it is answered.
 type message struct {
+	Protocol int           `json:"protocol,omitempty"`
 	URL      string        `json:"url,omitempty"`
 	Options  wireOptions   `json:"options,omitzero"`
 	Size     int64         `json:"size,omitempty"`

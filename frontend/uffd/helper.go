@@ -7,8 +7,10 @@ import (
 	"io"
 	"net"
 	"os"
+	"os/signal"
 	"strconv"
 	"sync"
+	"syscall"
 	"time"
 
 	"golang.org/x/sys/unix"
@@ -29,11 +31,16 @@ const helperEnv = "MEMFERRY_UFFD_HELPER_FD"
 //	if helped, err := uffd.Helper(open); helped {
 //		return err
 //	}
+//
+// Signals that ask a process to end are ignored meanwhile: whoever ends a whole
+// service would otherwise take from the owner what it still has to hand over.
 func Helper(open func(ctx context.Context, url string) (memferry.Backend, error)) (helped bool, err error) {
 	fd, err := strconv.Atoi(os.Getenv(helperEnv))
 	if err != nil {
+		mainHelps.Store(true)
 		return false, nil
 	}
+	signal.Ignore(syscall.SIGINT, syscall.SIGTERM, syscall.SIGHUP)
 	_ = os.Unsetenv(helperEnv) // it is not for our own children
 	err = help(fd, open)
 	if errors.Is(err, unix.EPIPE) || errors.Is(err, io.EOF) {
@@ -53,12 +60,15 @@ func help(fd int, open func(ctx context.Context, url string) (memferry.Backend, 
 	if _, err := c.receive(&first); err != nil {
 		return err
 	}
+	if first.Protocol != protocol {
+		return c.send(&message{Protocol: protocol}) // the owner says what is wrong
+	}
 	// The owner's death ends the opening, too.
 	source, err := open(context.Background(), first.URL)
 	if err != nil {
-		return c.send(&message{Error: encodeError(err)})
+		return c.send(&message{Protocol: protocol, Error: encodeError(err)})
 	}
-	if err := c.send(&message{Size: source.Size()}); err != nil {
+	if err := c.send(&message{Protocol: protocol, Size: source.Size()}); err != nil {
 		return errors.Join(err, source.Close())
 	}
 	h := &helper{conn: c}

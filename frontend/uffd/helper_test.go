@@ -31,10 +31,19 @@ import (
 	"github.com/memferry/memferry/region"
 )
 
+// hang is how long anything here may take before it counts as hung.
+const hang = time.Minute
+
 // ownerEnv makes the test binary an owner that waits to be killed.
 const ownerEnv = "MEMFERRY_TEST_UFFD_OWNER"
 
 func TestMain(m *testing.M) {
+	if url := os.Getenv(plainEnv); url != "" && !slices.Contains(os.Args, HelperCommand) {
+		plain(url)
+	}
+	if os.Getenv(otherEnv) != "" {
+		other()
+	}
 	if helped, err := Helper(openTest); helped {
 		if err != nil {
 			fmt.Fprintln(os.Stderr, "helper:", err)

@@ -6,9 +6,7 @@ import (
 	"fmt"
 	"os"
 	"os/exec"
-	"strconv"
 	"sync"
-	"syscall"
 	"time"
 
 	"github.com/memferry/memferry"
@@ -16,9 +14,10 @@ import (
 )
 
 // OpenURL makes the backend that url names available as memory, served by a
-// helper: this program's executable, started once more. Its main must begin
-// with [Helper]. The bytes can be used at once and without restraint: the
-// package's section on deadlocks doesn't apply.
+// helper. If this program's main has called [Helper], that is the program's
+// executable, started once more; otherwise it is the memferry command in PATH,
+// which opens the URLs that it takes elsewhere. The bytes can be used at once
+// and without restraint: the package's section on deadlocks doesn't apply.
 //
 // The helper ends with this process, after what Sync handed over has been
 // pushed. If it dies before, whatever has not arrived by then fails as if it
@@ -67,38 +66,15 @@ type remote struct {
 	closing bool
 }
 
-func startHelper() (*remote, error) {
-	ours, theirs, err := socketpair()
-	if err != nil {
-		return nil, err
-	}
-	defer theirs.Close()
-	r := &remote{conn: ours, exited: make(chan struct{}), ended: make(chan struct{}), calls: make(map[uint64]chan *message)}
-	// Not os.Executable: the file may have been replaced since.
-	r.cmd = exec.Command("/proc/self/exe")
-	r.cmd.Args[0] = os.Args[0]
-	r.cmd.ExtraFiles = []*os.File{theirs} // descriptor 3
-	r.cmd.Env = append(os.Environ(), helperEnv+"="+strconv.Itoa(3))
-	r.cmd.Stderr = os.Stderr
-	// Signals of a terminal are for the owner, which closes the memory.
-	r.cmd.SysProcAttr = &syscall.SysProcAttr{Setsid: true}
-	if err := r.cmd.Start(); err != nil {
-		ours.close()
-		return nil, fmt.Errorf("start the helper: %w", err)
-	}
-	go func() {
-		defer close(r.exited)
-		_ = r.cmd.Wait() // its end is seen on the socket
-	}()
-	return r, nil
-}
-
 // open does the first exchanges, and then starts to receive.
 func (r *remote) open(url string, o Options) (*Memory, error) {
 	var size message
 	w := wireOptions{ChunkSize: o.ChunkSize, Pull: o.Pull, IOTimeout: o.IOTimeout, Rate: o.Rate, ReadOnly: o.ReadOnly}
-	if err := r.exchange(&message{URL: url, Options: w}, &size); err != nil {
+	if err := r.exchange(&message{Protocol: protocol, URL: url, Options: w}, &size); err != nil {
 		return nil, err
+	}
+	if size.Protocol != protocol {
+		return nil, errProtocol(size.Protocol)
 	}
 	m, f, err := open(o, size.Size)
 	if err != nil {
@@ -118,13 +94,14 @@ func (r *remote) open(url string, o Options) (*Memory, error) {
 
 // exchange is for the time before receive runs.
 func (r *remote) exchange(m, answer *message, fds ...int) error {
-	if err := r.conn.send(m, fds...); err != nil {
-		return fmt.Errorf("helper: %w", err)
+	err := r.conn.send(m, fds...)
+	if err == nil {
+		var got []int
+		got, err = r.conn.receive(answer)
+		closeAll(got)
 	}
-	got, err := r.conn.receive(answer)
-	closeAll(got)
 	if err != nil {
-		return fmt.Errorf("helper (does main begin with uffd.Helper?): %w", err)
+		return fmt.Errorf("%s did not answer as a helper: %w", r.cmd.Path, err)
 	}
 	return answer.Error.decode()
 }
