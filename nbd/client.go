@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
-	"math/rand/v2"
 	"net"
 	"slices"
 	"sync"
@@ -23,9 +22,6 @@ const (
 	DefaultClientMaxRequest  = 4 << 20
 	DefaultClientMaxInFlight = 1024
 
-	minBackoff = 20 * time.Millisecond
-	maxBackoff = 2 * time.Second
-
 	// smallDemand is the longest request that the demand connection is kept
 	// for: what is longer takes its time on any connection.
 	smallDemand = 256 << 10
@@ -35,12 +31,6 @@ const (
 	// enough to try once more.
 	stallFraction = 2
 )
-
-// ErrSyncLost is returned by the first Sync after a connection broke while
-// writes that no Sync had covered were acknowledged, if the server has
-// restarted, or does not say whether it has (only memferry's do): it may have
-// lost them. Write them again, then Sync again.
-var ErrSyncLost = errors.New("the connection broke before earlier writes were synced, so they may be lost")
 
 // errConnLost is why a request that had no answer is sent again.
 var errConnLost = errors.New("connection lost")
@@ -99,6 +89,10 @@ func (o ClientOptions) withDefaults() ClientOptions {
 // after another one that overlaps it changes nothing, since both were under
 // way at once.
 //
+// A call whose context ends, or whose time is over, returns at once, and the
+// connection goes on. What of its request is on its way is copied or dropped;
+// until the server has answered it, it counts towards MaxInFlight.
+//
 // A write whose connection broke may still sit in the network or in a server
 // that has not noticed. So it is sent again only once the server, asked over
 // the next connection, has ended what it had under way for the broken one.
@@ -113,11 +107,13 @@ type Client struct {
 	info ExportInfo
 
 	maxRequest int64
-	align      int64        // of offsets and lengths on the wire
-	rmw        sync.RWMutex // held to write where blocks are read, changed and written
+	align      int64 // of offsets and lengths on the wire
+	blocks     blockLocks
 
 	fences *fences
+	losses losses
 
+	began  time.Time       // what the times of connections count from
 	ctx    context.Context // ends with Close
 	cancel context.CancelFunc
 	wg     sync.WaitGroup
@@ -136,23 +132,14 @@ type Client struct {
 	stateMu sync.Mutex // held across OnState
 	told    bool       // what OnState was last told
 
-	// What Sync has to answer for. A server that restarts while acked is ahead
-	// of flushed may have lost acknowledged writes: lost grows, and each Sync
-	// that finds it ahead of what reported was when it began fails. A server
-	// that does not name its instance is taken to restart whenever a connection
-	// breaks.
-	instance atomic.Pointer[string] // of the export that we are connected to
-	acked    atomic.Int64           // writes acknowledged
-	flushed  atomic.Int64           // how many of them a FLUSH has covered
-	lost     atomic.Int64           // times that some may have been lost
-	reported atomic.Int64           // how many of those a Sync has returned
-
 	stats clientCounters
 }
 
 type clientCounters struct {
-	requests, readBytes, writeBytes, reconnects, resent, inFlight atomic.Int64
-	rtt                                                           atomic.Int64 // ns, smoothed
+	requests, readBytes, writeBytes, reconnects, resent atomic.Int64
+	inFlight                                            atomic.Int64 // those that occupy a slot
+	made                                                atomic.Int64 // connections, ever
+	rtt                                                 atomic.Int64 // ns, smoothed
 }
 
 // ClientStats is a snapshot of what a client has done.
@@ -182,7 +169,7 @@ func Dial(ctx context.Context, uri URI, o ClientOptions) (*Client, error) {
 	if err != nil {
 		return nil, err
 	}
-	c := &Client{uri: uri, opt: o, info: first.info, fences: f, changed: make(chan struct{})}
+	c := &Client{uri: uri, opt: o, info: first.info, fences: f, changed: make(chan struct{}), began: time.Now()}
 	if err := c.adopt(first); err != nil {
 		first.nc.Close()
 		return nil, fmt.Errorf("nbd: %s: %w", uri, err)
@@ -213,7 +200,7 @@ func (c *Client) adopt(first *clientConn) error {
 	b := first.info.sizes
 	c.align = int64(max(b.minimum, 1))
 	if c.info.Size%c.align != 0 {
-		return fmt.Errorf("size %d is not a multiple of the server's block size %d: %w", c.info.Size, c.align, memferry.ErrNotSupported)
+		return fmt.Errorf("size %d is not a multiple of the server's block size %d, round it: %w", c.info.Size, c.align, memferry.ErrNotSupported)
 	}
 	limit := int64(defaultMaxPayload)
 	if b.maximum != 0 {
@@ -271,64 +258,20 @@ func (c *Client) Stats() ClientStats {
 // Close disconnects. Calls in progress return memferry.ErrClosed.
 func (c *Client) Close() error {
 	c.mu.Lock()
-	conns := c.conns
+	conns := slices.Clone(c.conns)
 	first := c.ctx.Err() == nil
 	c.cancel()
 	c.mu.Unlock()
 	if first {
+		var leaving sync.WaitGroup // one that is stuck does not hold up the others
 		for _, cc := range conns {
 			if cc != nil {
-				cc.leave()
+				leaving.Go(cc.leave)
 			}
 		}
+		leaving.Wait()
 	}
 	c.wg.Wait()
-	return nil
-}
-
-// maintain keeps one connection up until Close.
-func (c *Client) maintain(slot int, cc *clientConn) {
-	backoff := minBackoff
-	for {
-		if cc != nil {
-			began := time.Now()
-			err := cc.run()
-			c.remove(slot, cc, err)
-			if time.Since(began) > maxBackoff {
-				backoff = minBackoff
-			}
-		}
-		if cc = c.redial(slot, &backoff); cc == nil {
-			return
-		}
-	}
-}
-
-// redial connects until it works, with growing pauses; nil at the end.
-func (c *Client) redial(slot int, backoff *time.Duration) *clientConn {
-	for c.ctx.Err() == nil {
-		as := c.fences.dialing()
-		cc, err := dialConn(c.ctx, c.uri, c.opt, as)
-		if err == nil {
-			c.fences.fenced(as.fence...)
-			if err = c.same(cc); err == nil && c.install(slot, cc) {
-				return cc
-			}
-			cc.nc.Close()
-			if err != nil {
-				c.fail(err)
-				return nil
-			}
-		}
-		c.note(err)
-		// Half of the pause is chance, so that clients do not come in step.
-		pause := *backoff/2 + rand.N(*backoff/2)
-		*backoff = min(2**backoff, maxBackoff)
-		select {
-		case <-time.After(pause):
-		case <-c.ctx.Done():
-		}
-	}
 	return nil
 }
 
@@ -343,30 +286,6 @@ func (c *Client) same(cc *clientConn) error {
 	}
 	cc.c = c
 	return nil
-}
-
-// checkInstance notes that acknowledged writes may be lost if cc leads to
-// another instance of the export than the client, or to one without a name.
-func (c *Client) checkInstance(cc *clientConn) {
-	if name := cc.info.instance; name != "" && name == *c.instance.Load() {
-		return
-	}
-	if c.acked.Load() > c.flushed.Load() {
-		c.lost.Add(1)
-	}
-}
-
-// enterInstance is called with each new connection, before it is used.
-func (c *Client) enterInstance(cc *clientConn) {
-	old := c.instance.Swap(&cc.info.instance)
-	if old == nil || *old == cc.info.instance || *old == "" { // then each break was counted
-		return
-	}
-	// Looked at only now: what is acknowledged later, on a connection to the
-	// old instance, finds the new name.
-	if c.acked.Load() > c.flushed.Load() {
-		c.lost.Add(1)
-	}
 }
 
 func (c *Client) note(err error) {
@@ -404,9 +323,10 @@ func (c *Client) install(slot int, cc *clientConn) bool {
 		c.mu.Unlock()
 		return false
 	}
-	c.enterInstance(cc)
+	cc.instance = c.losses.enter(cc.info.instance)
 	c.conns[slot] = cc
 	c.up++
+	c.stats.made.Add(1)
 	c.broadcastLocked()
 	c.mu.Unlock()
 	c.state(nil)
@@ -415,7 +335,7 @@ func (c *Client) install(slot int, cc *clientConn) bool {
 
 // remove takes a broken connection away.
 func (c *Client) remove(slot int, cc *clientConn, err error) {
-	c.checkInstance(cc)
+	c.losses.broke(cc.instance)
 	c.mu.Lock()
 	closing := c.ctx.Err() != nil
 	if c.conns[slot] == cc {
@@ -475,16 +395,22 @@ func (c *Client) watch() {
 		// What happened to one has probably happened to those that had nothing
 		// to say meanwhile. To find out one by one takes too long.
 		for _, cc := range conns {
-			if silent(cc) || cc != nil && time.Since(time.Unix(0, cc.lastReply.Load())) > stall {
+			if silent(cc) || cc != nil && c.since(&cc.lastReply) > stall {
 				cc.fail(fmt.Errorf("nothing heard for %v: %w", stall, memferry.ErrTimeout))
 			}
 		}
 	}
 }
 
+// now is a time that no change of the wall clock moves, and since how long ago
+// one was.
+func (c *Client) now() int64 { return int64(time.Since(c.began)) }
+
+func (c *Client) since(at *atomic.Int64) time.Duration { return time.Duration(c.now() - at.Load()) }
+
 // pick returns the connection for a request, or a channel that is closed when
 // there may be one.
-func (c *Client) pick(class memferry.Class, n int64) (*clientConn, <-chan struct{}, error) {
+func (c *Client) pick(k *call, class memferry.Class) (*clientConn, <-chan struct{}, error) {
 	c.mu.Lock()
 	defer c.mu.Unlock()
 	if c.ctx.Err() != nil {
@@ -494,17 +420,25 @@ func (c *Client) pick(class memferry.Class, n int64) (*clientConn, <-chan struct
 		return nil, nil, c.fatal
 	}
 	demand := class == memferry.ClassDemand
-	if demand && n <= smallDemand && c.conns[0] != nil {
+	if demand && k.req.length <= smallDemand && k.fits(c.conns[0]) {
 		return c.conns[0], nil, nil
 	}
 	var best *clientConn
 	for i, cc := range c.conns {
-		if cc == nil || i == 0 && !demand && c.up > 1 {
+		if !k.fits(cc) || i == 0 && !demand && c.up > 1 {
 			continue
 		}
 		if best == nil || cc.bytes.Load() < best.bytes.Load() {
 			best = cc
 		}
 	}
+	if best == nil && k.on != nil {
+		return nil, nil, errConnLost // its own is gone, and does not come back
+	}
 	return best, c.changed, nil
+}
+
+// fits reports whether the call may be sent on a connection.
+func (k *call) fits(cc *clientConn) bool {
+	return cc != nil && (k.on == nil || k.on == cc.instance)
 }

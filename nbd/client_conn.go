@@ -19,41 +19,7 @@ const (
 	// maxStatusPayload bounds how much of a block status is kept; extents past
 	// it are dropped, and asked for again.
 	maxStatusPayload = 4 + statusExtentLen*memferry.MaxExtents
-	// clientBatch bounds how many bytes of requests go into one system call.
-	clientBatch = 1 << 20
-	// leaveTimeout is how long Close tries to say goodbye.
-	leaveTimeout = 100 * time.Millisecond
 )
-
-// call is one request and what becomes of it. The connection's mutex guards it
-// from submit until it is done.
-type call struct {
-	req     request
-	payload []byte // of a write
-	dst     []byte // of a read, unless sink is set
-	sink    func(off, n int64, p []byte) error
-
-	extents []statusExtent // of a block status
-	got     int64          // bytes of a read
-	err     error          // the server's, or sink's
-
-	sentAt    time.Time
-	unsent    bool // payload is not yet in the kernel's hands
-	replied   bool // result came before that was so
-	result    error
-	receiving bool // the reader is busy with dst or sink
-	abandoned bool // nobody waits: drop what arrives
-	done      chan error
-	timer     *time.Timer
-}
-
-func newCall() *call {
-	t := time.NewTimer(time.Hour)
-	t.Stop()
-	return &call{done: make(chan error, 1), timer: t}
-}
-
-var errHalfWay = errors.New("gave up a request half-way")
 
 // clientConn is one connection in the transmission phase.
 type clientConn struct {
@@ -64,146 +30,28 @@ type clientConn struct {
 	allocationID uint32
 	id           string
 	fenceable    bool // by its id
+	instance     *instance
 
 	bytes     atomic.Int64 // in flight
-	lastReply atomic.Int64 // UnixNano of the last bytes of a reply
+	lastReply atomic.Int64 // Client.now at the last bytes of a reply
 	lastHeard atomic.Int64 // of those or, after idleness, of a request
 
 	mu      sync.Mutex
-	calls   map[uint64]*call
+	calls   map[uint64]*call // bounded by the client's slots, also those given up
 	cookie  uint64
-	pending clientQueue
-	spare   clientQueue
-	sending bool
-	quiet   sync.Cond // sending has ended
+	out     outbox
+	quiet   sync.Cond // a call's buffers came free, or sending has ended
+	stopped bool      // the reader is to let go of the call that it receives for
 	err     error     // why the connection is over
 
 	piece []byte // of the reader
 }
 
-// clientQueue is a batch of requests on their way into one system call.
-type clientQueue struct {
-	heads []byte // appended to only within its capacity, since vecs point into it
-	vecs  [][]byte
-	calls []*call // those with a payload
-	bytes int
-}
-
-const queueHeads = 256 * requestLen
-
 func newClientConn(h *clientHandshake) *clientConn {
 	cc := &clientConn{nc: h.nc, in: h.in, info: h.info, allocationID: h.allocationID, id: h.as.id, fenceable: h.info.fences, calls: map[uint64]*call{}}
 	cc.quiet.L = &cc.mu
-	cc.pending.heads = make([]byte, 0, queueHeads)
-	cc.spare.heads = make([]byte, 0, queueHeads)
+	cc.out.init(h.nc)
 	return cc
-}
-
-// submit sends a call, or leaves it to the goroutine that is sending. Whoever
-// finds nobody sending sends all there is, so many small requests share a
-// system call and a single one waits for nobody.
-func (cc *clientConn) submit(k *call) error {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	for cc.err == nil && cc.sending && cc.pending.full() {
-		cc.quiet.Wait()
-	}
-	if cc.err != nil {
-		return errConnLost
-	}
-	if len(cc.calls) == 0 {
-		cc.lastHeard.Store(time.Now().UnixNano())
-	}
-	cc.cookie++
-	k.req.cookie = cc.cookie
-	k.sentAt = time.Now()
-	k.unsent = len(k.payload) > 0
-	cc.calls[cc.cookie] = k
-	cc.bytes.Add(int64(k.req.length))
-	cc.pending.add(k)
-	if !cc.sending {
-		cc.sendLocked()
-	}
-	return nil
-}
-
-func (q *clientQueue) full() bool {
-	return q.bytes >= clientBatch || len(q.heads)+requestLen > cap(q.heads)
-}
-
-func (q *clientQueue) add(k *call) {
-	n := len(q.heads)
-	q.heads = appendRequest(q.heads, k.req)
-	head := q.heads[n:]
-	if last := len(q.vecs) - 1; last >= 0 && len(q.calls) == 0 {
-		q.vecs[last] = q.heads[:] // headers alone stay one vector
-	} else {
-		q.vecs = append(q.vecs, head)
-	}
-	q.bytes += len(head) + len(k.payload)
-	if len(k.payload) > 0 {
-		q.vecs = append(q.vecs, k.payload)
-		q.calls = append(q.calls, k)
-	}
-}
-
-func (q *clientQueue) reset() {
-	clear(q.vecs)
-	clear(q.calls)
-	*q = clientQueue{heads: q.heads[:0], vecs: q.vecs[:0], calls: q.calls[:0]}
-}
-
-// sendLocked sends until nothing is pending. It releases the mutex while it
-// writes.
-func (cc *clientConn) sendLocked() {
-	cc.sending = true
-	for cc.err == nil && len(cc.pending.vecs) > 0 {
-		cc.pending, cc.spare = cc.spare, cc.pending
-		cc.quiet.Broadcast() // there is room again
-		q := &cc.spare
-		cc.mu.Unlock()
-		out := net.Buffers(q.vecs)
-		_, err := out.WriteTo(cc.nc)
-		cc.mu.Lock()
-		for _, k := range q.calls {
-			k.unsent = false
-			if k.replied {
-				k.done <- k.result
-			}
-		}
-		q.reset()
-		if err != nil {
-			cc.failLocked(fmt.Errorf("send: %w", err))
-		}
-	}
-	cc.sending = false
-	cc.quiet.Broadcast()
-}
-
-// abandon gives a call up. When it returns nobody touches the call's buffers
-// any more. It reports whether there is a result after all, and which.
-func (cc *clientConn) abandon(k *call) (answered bool, err error) {
-	cc.mu.Lock()
-	if _, ok := cc.calls[k.req.cookie]; !ok {
-		if k.unsent {
-			cc.failLocked(errHalfWay)
-		}
-		cc.mu.Unlock()
-		return true, <-k.done
-	}
-	k.abandoned = true
-	if k.req.modifies() {
-		cc.c.fences.giveUp(k, cc)
-	}
-	if !k.unsent && !k.receiving {
-		cc.mu.Unlock()
-		return false, nil
-	}
-	// Its buffer is in a system call: only the end of the connection frees it.
-	cc.failLocked(errHalfWay)
-	cc.mu.Unlock()
-	<-k.done //nolint:errcheck // the loss that was just caused
-	return false, nil
 }
 
 // fail ends the connection.
@@ -220,23 +68,9 @@ func (cc *clientConn) failLocked(err error) {
 	}
 }
 
-// leave says goodbye and ends the connection.
-func (cc *clientConn) leave() {
-	cc.mu.Lock()
-	defer cc.mu.Unlock()
-	if !cc.sending && cc.err == nil {
-		if t, ok := cc.nc.(*net.TCPConn); ok {
-			_ = t.SetLinger(-1) // a reset could overtake the goodbye
-		}
-		_ = cc.nc.SetWriteDeadline(time.Now().Add(leaveTimeout))
-		_, _ = cc.nc.Write(appendRequest(nil, request{typ: cmdDisc}))
-	}
-	cc.failLocked(memferry.ErrClosed)
-}
-
 // heard notes that the server has sent something.
 func (cc *clientConn) heard() {
-	now := time.Now().UnixNano()
+	now := cc.c.now()
 	cc.lastReply.Store(now)
 	cc.lastHeard.Store(now)
 }
@@ -248,7 +82,7 @@ func (cc *clientConn) silent() time.Duration {
 	if len(cc.calls) == 0 {
 		return 0
 	}
-	return time.Since(time.Unix(0, cc.lastHeard.Load()))
+	return cc.c.since(&cc.lastHeard)
 }
 
 // run reads replies until the connection ends, and returns why it did. The
@@ -269,14 +103,6 @@ func (cc *clientConn) reason() error {
 	return cc.err
 }
 
-// settleSendingLocked waits until the fate of every payload is known that was
-// to be sent when the connection broke.
-func (cc *clientConn) settleSendingLocked() {
-	for cc.sending {
-		cc.quiet.Wait()
-	}
-}
-
 // finishAll tells the callers of requests that they were lost. Those that are
 // given up are told whatever they are: at most the end of the buffer's use is
 // waited for.
@@ -289,14 +115,12 @@ func (cc *clientConn) finishAll(which func(*call) bool) {
 			continue
 		}
 		delete(cc.calls, cookie)
+		if k.abandoned {
+			cc.c.release(k)
+		}
 		k.done <- errConnLost
 	}
-	for _, k := range cc.pending.calls {
-		if k.replied {
-			k.done <- errConnLost
-		}
-	}
-	cc.pending.reset()
+	cc.out.drop()
 	cc.bytes.Store(0)
 }
 
@@ -322,7 +146,7 @@ func (cc *clientConn) find(cookie uint64) (*call, error) {
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
 	k := cc.calls[cookie]
-	if k == nil {
+	if k == nil || k.state == callQueued {
 		return nil, protocolErrorf("reply to a request that was not made")
 	}
 	return k, nil
@@ -335,24 +159,24 @@ func (cc *clientConn) finish(k *call) error {
 	}
 	cc.mu.Lock()
 	defer cc.mu.Unlock()
-	delete(cc.calls, k.req.cookie)
-	cc.bytes.Add(-int64(k.req.length))
 	err := k.err
 	if err == nil && k.req.typ == cmdRead && k.got != int64(k.req.length) {
 		err = protocolErrorf("%d bytes for a read of %d", k.got, k.req.length)
 	}
-	if err == nil && k.req.modifies() {
+	if err == nil {
 		// Here, and not where the caller wakes up: when the connection breaks
 		// it has to be known.
-		cc.c.acked.Add(1)
-		if cc.info.instance != "" {
-			cc.c.checkInstance(cc)
+		cc.c.losses.answered(cc.instance, k)
+	}
+	delete(cc.calls, k.req.cookie)
+	cc.bytes.Add(-int64(k.req.length))
+	if k.abandoned {
+		if k.req.modifies() {
+			cc.c.fences.answered(k)
 		}
+		cc.c.release(k)
 	}
-	if k.abandoned && k.req.modifies() {
-		cc.c.fences.answered(k)
-	}
-	if k.unsent { // the caller may not have its buffer back yet
+	if k.state == callSending { // the caller may not have its buffer back yet
 		k.replied, k.result = true, err
 		return nil
 	}
@@ -486,34 +310,80 @@ func (cc *clientConn) holeChunk(k *call, h chunkHeader) error {
 		return err
 	}
 	return cc.deliver(k, off, n, func() error {
-		if k.sink != nil {
-			return k.note(k.sink(int64(off), int64(n), nil))
+		lo, hi := k.clip(off, uint64(n))
+		switch {
+		case lo == hi:
+		case k.sink == nil:
+			clear(k.dst[lo-k.from : hi-k.from])
+		case k.err == nil:
+			k.err = k.sink(int64(lo), int64(hi-lo), nil)
 		}
-		clear(k.dst[off-k.req.offset:][:n])
 		return nil
 	}, func() error { return nil })
 }
 
 // data delivers n bytes of payload.
 func (cc *clientConn) data(k *call, off uint64, n uint32) error {
-	return cc.deliver(k, off, n, func() error {
-		if k.sink != nil {
-			return cc.stream(k, int64(off), int64(n))
-		}
-		// In pieces: over a slow link each of them is a sign of life.
-		for p := k.dst[off-k.req.offset:][:n]; len(p) > 0; {
-			piece := p[:min(len(p), streamPiece)]
-			if _, err := io.ReadFull(cc.in, piece); err != nil {
+	return cc.deliver(k, off, n,
+		func() error { return cc.receive(k, off, uint64(n)) },
+		func() error { return cc.discard(uint64(n)) })
+}
+
+// clip returns what of n bytes at off is wanted.
+func (k *call) clip(off, n uint64) (lo, hi uint64) {
+	lo = min(max(off, k.from), off+n)
+	return lo, max(min(off+n, k.to), lo)
+}
+
+// receive reads n bytes of payload for a call, in pieces: over a slow link each
+// of them is a sign of life.
+func (cc *clientConn) receive(k *call, off, n uint64) error {
+	end := off + n
+	lo, hi := k.clip(off, n)
+	if err := cc.discard(lo - off); err != nil {
+		return err
+	}
+	for at := lo; at < hi; {
+		p := cc.place(k, at, hi)
+		m, err := io.ReadFull(cc.in, p)
+		at += uint64(m)
+		if err != nil {
+			if !cc.letGo(k, err) {
 				return err
 			}
-			cc.heard()
-			p = p[len(piece):]
+			return cc.discard(end - at)
 		}
-		return nil
-	}, func() error {
-		_, err := io.CopyN(io.Discard, cc.in, int64(n))
-		return err
-	})
+		cc.heard()
+		if k.sink != nil && k.err == nil { // after its error the rest is dropped
+			k.err = k.sink(int64(at)-int64(m), int64(m), p)
+		}
+	}
+	return cc.discard(end - hi)
+}
+
+// place returns where the next bytes go.
+func (cc *clientConn) place(k *call, at, end uint64) []byte {
+	n := min(end-at, streamPiece)
+	if k.sink == nil {
+		return k.dst[at-k.from:][:n]
+	}
+	if cc.piece == nil {
+		cc.piece = make([]byte, streamPiece)
+	}
+	return cc.piece[:n]
+}
+
+// discard reads bytes that nobody wants.
+func (cc *clientConn) discard(n uint64) error {
+	for n > 0 {
+		m, err := cc.in.Discard(int(min(n, streamPiece)))
+		if err != nil {
+			return err
+		}
+		cc.heard()
+		n -= uint64(m)
+	}
+	return nil
 }
 
 // deliver checks that a part of a read is what was asked for, and lets take
@@ -534,37 +404,31 @@ func (cc *clientConn) deliver(k *call, off uint64, n uint32, take, drop func() e
 	}
 	err := take()
 	cc.mu.Lock()
-	k.receiving = false
+	cc.receivedLocked(k)
 	cc.mu.Unlock()
 	return err
 }
 
-// note keeps the first error of the sink; the connection goes on.
-func (k *call) note(err error) error {
-	if k.err == nil {
-		k.err = err
+// letGo reports whether err is how abandon woke the reader. Then the call's
+// buffer is free.
+func (cc *clientConn) letGo(k *call, err error) bool {
+	cc.mu.Lock()
+	defer cc.mu.Unlock()
+	if !cc.stopped || !isTimeout(err) {
+		return false
 	}
-	return nil
+	cc.receivedLocked(k)
+	return true
 }
 
-// stream passes a payload on in pieces.
-func (cc *clientConn) stream(k *call, off, n int64) error {
-	if cc.piece == nil {
-		cc.piece = make([]byte, streamPiece)
+// receivedLocked says that the reader is through with a call's buffer.
+func (cc *clientConn) receivedLocked(k *call) {
+	k.receiving = false
+	if cc.stopped {
+		cc.stopped = false
+		_ = cc.nc.SetReadDeadline(time.Time{}) // an error shows at the next read
 	}
-	for n > 0 {
-		p := cc.piece[:min(n, streamPiece)]
-		if _, err := io.ReadFull(cc.in, p); err != nil {
-			return err
-		}
-		if k.err == nil {
-			k.err = k.sink(off, int64(len(p)), p)
-		}
-		off += int64(len(p))
-		n -= int64(len(p))
-		cc.heard()
-	}
-	return nil
+	cc.quiet.Broadcast()
 }
 
 func (cc *clientConn) statusChunk(k *call, h chunkHeader) error {

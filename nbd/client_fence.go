@@ -90,6 +90,13 @@ func (f *fences) fenced(conns ...*clientConn) {
 	f.settleLocked(func(_ *call, of *clientConn) bool { return slices.Contains(conns, of) })
 }
 
+// doubting reports whether writes wait for a connection to fence their own.
+func (f *fences) doubting() bool {
+	f.mu.Lock()
+	defer f.mu.Unlock()
+	return len(f.broken) > 0
+}
+
 // giveUp notes that nobody waits for a write any more, which may have been
 // sent on cc.
 func (f *fences) giveUp(k *call, cc *clientConn) {
@@ -146,7 +153,7 @@ func (cc *clientConn) doubts() bool {
 }
 
 // inDoubt reports whether the server may have got the call, a write.
-func (k *call) inDoubt() bool { return k.req.modifies() && !k.unsent }
+func (k *call) inDoubt() bool { return k.req.modifies() && k.state != callQueued }
 
 // Session implements memferry.Fencer.
 func (c *Client) Session() string { return c.fences.session }
@@ -161,7 +168,7 @@ func (c *Client) Fence(ctx context.Context, session string) error {
 		return fmt.Errorf("nbd: %s: %q is no session", c.uri, session)
 	}
 	for {
-		err := query(ctx, c.uri, c.opt, func(h *clientHandshake) error { return h.fence(session) })
+		err := c.query(ctx, func(h *clientHandshake) error { return h.fence(session) })
 		if !errors.Is(err, errFenceBusy) {
 			return err
 		}

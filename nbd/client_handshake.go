@@ -103,8 +103,8 @@ func tuneClient(nc net.Conn, o ClientOptions) {
 }
 
 // dialConn opens a connection and negotiates the export.
-func dialConn(ctx context.Context, uri URI, o ClientOptions, as dialing) (*clientConn, error) {
-	ctx, cancel := context.WithTimeout(ctx, o.HandshakeTimeout)
+func dialConn(parent context.Context, uri URI, o ClientOptions, as dialing) (*clientConn, error) {
+	ctx, cancel := context.WithTimeout(parent, o.HandshakeTimeout)
 	defer cancel()
 	h, stop, err := openHandshake(ctx, uri, o)
 	if err != nil {
@@ -117,14 +117,18 @@ func dialConn(ctx context.Context, uri URI, o ClientOptions, as dialing) (*clien
 	}
 	if err != nil {
 		h.nc.Close()
-		return nil, h.failed(ctx, err)
+		return nil, h.failed(parent, err)
 	}
 	_ = h.nc.SetDeadline(time.Time{})
 	return newClientConn(h), nil
 }
 
+// failed names the server in an error of a handshake, and its cause: ctx is the
+// caller's.
 func (h *clientHandshake) failed(ctx context.Context, err error) error {
 	switch {
+	case errors.Is(ctx.Err(), context.Canceled):
+		err = context.Cause(ctx)
 	case errors.Is(err, io.EOF), errors.Is(err, io.ErrUnexpectedEOF):
 		err = fmt.Errorf("server closed the connection during the handshake; is it an NBD server? (%w)", err)
 	case ctx.Err() != nil, isTimeout(err):
@@ -382,8 +386,8 @@ func (h *clientHandshake) refused(typ uint32, data []byte) error {
 }
 
 // query runs f on a short-lived connection that ends with ABORT.
-func query(ctx context.Context, uri URI, o ClientOptions, f func(*clientHandshake) error) error {
-	ctx, cancel := context.WithTimeout(ctx, o.HandshakeTimeout)
+func query(parent context.Context, uri URI, o ClientOptions, f func(*clientHandshake) error) error {
+	ctx, cancel := context.WithTimeout(parent, o.HandshakeTimeout)
 	defer cancel()
 	h, stop, err := openHandshake(ctx, uri, o)
 	if err != nil {
@@ -402,11 +406,24 @@ func query(ctx context.Context, uri URI, o ClientOptions, f func(*clientHandshak
 		err = f(h)
 	}
 	if err != nil {
-		return h.failed(ctx, err)
+		return h.failed(parent, err)
 	}
 	// Politeness: the server may be gone already.
 	_, _ = h.nc.Write(appendOption(nil, optAbort, nil))
 	return nil
+}
+
+// query is query for as long as the client is open.
+func (c *Client) query(ctx context.Context, f func(*clientHandshake) error) error {
+	ctx, cancel := context.WithCancel(ctx)
+	defer cancel()
+	stop := context.AfterFunc(c.ctx, cancel)
+	defer stop()
+	err := query(ctx, c.uri, c.opt, f)
+	if err != nil && c.ctx.Err() != nil {
+		return memferry.ErrClosed
+	}
+	return err
 }
 
 // maxExports bounds what List asks about.
@@ -472,7 +489,7 @@ func (h *clientHandshake) ask() error {
 // export's content; empty where the server knows none.
 func (c *Client) Generation(ctx context.Context) (string, error) {
 	tag := ""
-	err := query(ctx, c.uri, c.opt, func(h *clientHandshake) error {
+	err := c.query(ctx, func(h *clientHandshake) error {
 		if err := h.send(optListMetaContext, appendMetaRequest(nil, metaRequest{c.uri.Export, []string{contextGeneration}})); err != nil {
 			return err
 		}

@@ -5,7 +5,6 @@ import (
 	"errors"
 	"fmt"
 	"slices"
-	"sync/atomic"
 	"time"
 
 	"github.com/memferry/memferry"
@@ -29,8 +28,10 @@ func (c *Client) do(ctx context.Context, k *call) error {
 	if class == memferry.ClassDemand {
 		slots = c.demandSlots
 	}
-	deadline := time.Now().Add(c.opt.IOTimeout)
-	k.timer.Reset(c.opt.IOTimeout)
+	if k.deadline.IsZero() {
+		k.deadline = time.Now().Add(c.opt.IOTimeout)
+	}
+	k.timer.Reset(time.Until(k.deadline))
 	defer k.timer.Stop()
 	select {
 	case slots <- struct{}{}:
@@ -41,53 +42,72 @@ func (c *Client) do(ctx context.Context, k *call) error {
 	case <-c.ctx.Done():
 		return memferry.ErrClosed
 	}
-	c.stats.inFlight.Add(1)
-	defer func() {
-		c.stats.inFlight.Add(-1)
-		<-slots
-	}()
+	k.slot = slots
+	if c.stats.inFlight.Add(1) == 1 {
+		c.wanted()
+	}
 	c.stats.requests.Add(1)
+	keeps, err := c.repeat(ctx, k, class)
+	if !keeps {
+		c.release(k)
+	}
+	return err
+}
+
+// release gives a call's slot to another one.
+func (c *Client) release(k *call) {
+	c.stats.inFlight.Add(-1)
+	<-k.slot
+}
+
+// repeat sends k until there is an answer. It also reports whether k was given
+// up, and keeps its slot until the server has answered it.
+func (c *Client) repeat(ctx context.Context, k *call, class memferry.Class) (keeps bool, err error) {
 	for {
-		err := c.attempt(ctx, k, class)
+		keeps, err = c.attempt(ctx, k, class)
 		if !errors.Is(err, errConnLost) {
-			return err
+			return keeps, err
 		}
-		if time.Now().After(deadline) {
-			return c.timedOut(k, err)
+		if !time.Now().Before(k.deadline) {
+			return keeps, c.timedOut(k, err)
 		}
 		// A flush on another connection would say nothing of what the server
 		// may have lost; a read that was streamed in part is its caller's.
-		if k.req.typ == cmdFlush && c.lost.Load() > c.reported.Load() || k.sink != nil && k.got > 0 {
-			return err
+		if k.req.typ == cmdFlush && (k.on != nil || c.losses.unreported()) || k.sink != nil && k.got > 0 {
+			return keeps, err
 		}
 		c.stats.resent.Add(1)
 		k.got, k.err, k.extents = 0, nil, nil
 	}
 }
 
-func (c *Client) attempt(ctx context.Context, k *call, class memferry.Class) error {
+func (c *Client) attempt(ctx context.Context, k *call, class memferry.Class) (keeps bool, err error) {
 	for {
-		cc, changed, err := c.pick(class, int64(k.req.length))
+		cc, changed, err := c.pick(k, class)
 		if err != nil {
-			return err
+			return false, err
 		}
 		if wait := c.fences.wait(k.req); wait != nil {
 			changed = wait
 		} else if cc != nil {
-			if err := cc.submit(k); err == nil {
+			room, err := cc.submit(k)
+			switch {
+			case err != nil: // it has just broken and will be gone in a moment
+				changed = c.change(cc)
+			case room != nil:
+				changed = room
+			default:
 				return c.await(ctx, cc, k)
 			}
-			// It has just broken and will be gone in a moment.
-			changed = c.change(cc)
 		}
 		select {
 		case <-changed:
 		case <-ctx.Done():
-			return context.Cause(ctx)
+			return false, context.Cause(ctx)
 		case <-k.timer.C:
-			return c.timedOut(k, nil)
+			return false, c.timedOut(k, nil)
 		case <-c.ctx.Done():
-			return memferry.ErrClosed
+			return false, memferry.ErrClosed
 		}
 	}
 }
@@ -104,12 +124,12 @@ func (c *Client) change(cc *clientConn) <-chan struct{} {
 	return gone
 }
 
-func (c *Client) await(ctx context.Context, cc *clientConn, k *call) error {
+func (c *Client) await(ctx context.Context, cc *clientConn, k *call) (keeps bool, err error) {
 	var why error
 	select {
 	case err := <-k.done:
 		c.measure(k, err)
-		return c.answer(k, err)
+		return false, c.answer(k, err)
 	case <-ctx.Done():
 		why = context.Cause(ctx)
 	case <-k.timer.C:
@@ -117,15 +137,11 @@ func (c *Client) await(ctx context.Context, cc *clientConn, k *call) error {
 	case <-c.ctx.Done():
 		why = memferry.ErrClosed
 	}
-	if answered, err := cc.abandon(k); answered {
-		if err = c.answer(k, err); !errors.Is(err, errConnLost) {
-			return err
-		}
+	answered, keeps, err := cc.abandon(k)
+	if answered && !errors.Is(err, errConnLost) {
+		return keeps, c.answer(k, err)
 	}
-	if !k.abandoned {
-		k.abandoned = true // not to be used again
-	}
-	return why
+	return keeps, why
 }
 
 // measure keeps a smoothed round trip of small requests.
@@ -156,9 +172,9 @@ func (c *Client) timedOut(k *call, last error) error {
 		last = c.lastErr
 	}
 	c.mu.Unlock()
-	err := fmt.Errorf("nbd: %s: no answer to %s within %v: %w", c.uri, commandName(k.req.typ), c.opt.IOTimeout, memferry.ErrTimeout)
+	err := fmt.Errorf("nbd: %s: no answer to %s within %v, is the server up? (%w)", c.uri, commandName(k.req.typ), c.opt.IOTimeout, memferry.ErrTimeout)
 	if last != nil {
-		return fmt.Errorf("%w (last: %v)", err, last) //nolint:errorlint // context alone
+		return fmt.Errorf("%w; last: %v", err, last) //nolint:errorlint // context alone
 	}
 	return err
 }
@@ -195,47 +211,47 @@ func (c *Client) ReadAtContext(ctx context.Context, p []byte, off int64) (int, e
 		}
 		return 0, eof
 	}
-	p = p[:n]
-	if !c.aligned(off, int64(n)) {
-		from, to := c.widen(off, int64(n))
-		b := make([]byte, to-from)
-		if err := c.readAligned(ctx, b, from); err != nil {
-			return 0, err
-		}
-		copy(p, b[off-from:])
-		return n, eof
-	}
-	if err := c.readAligned(ctx, p, off); err != nil {
+	if err := c.read(ctx, p[:n], off); err != nil {
 		return 0, err
 	}
 	return n, eof
 }
 
-func (c *Client) aligned(off, n int64) bool { return off%c.align == 0 && n%c.align == 0 }
-
-// widen returns the blocks that a range touches.
-func (c *Client) widen(off, n int64) (from, to int64) {
-	return off / c.align * c.align, (off + n + c.align - 1) / c.align * c.align
-}
-
-func (c *Client) readAligned(ctx context.Context, p []byte, off int64) error {
-	return c.split(off, int64(len(p)), c.maxRequest, func(at, n int64) error {
-		q := p[at-off:][:n]
-		err := c.request(ctx, request{typ: cmdRead, offset: uint64(at), length: uint32(n)}, func(k *call) { k.dst = q }, nil)
+// read reads whole blocks, of which only what is wanted reaches memory.
+func (c *Client) read(ctx context.Context, p []byte, off int64) error {
+	from, to := c.widen(off, int64(len(p)))
+	return split(from, to-from, c.maxRequest, func(at, n int64) error {
+		lo, hi := max(at, off), min(at+n, off+int64(len(p)))
+		q := p[lo-off : hi-off]
+		err := c.request(ctx, request{typ: cmdRead, offset: uint64(at), length: uint32(n)}, func(k *call) {
+			k.dst, k.from, k.to = q, uint64(lo), uint64(hi)
+		}, nil)
 		if err == nil {
-			c.stats.readBytes.Add(n)
+			c.stats.readBytes.Add(hi - lo)
 		}
 		return err
 	})
 }
 
-// split calls f for pieces of at most limit bytes, at once where there are
-// several, and returns an error if one has failed.
-func (c *Client) split(off, n, limit int64, f func(off, n int64) error) error {
+// maxParallel is how many parts of a long call are under way at once.
+const maxParallel = 8
+
+// split calls f for pieces of at most limit bytes; see parallel.
+func split(off, n, limit int64, f func(off, n int64) error) error {
 	if n <= limit {
 		return f(off, n)
 	}
-	const maxParallel = 8
+	return parallel((n+limit-1)/limit, func(i int64) error {
+		return f(off+i*limit, min(limit, n-i*limit))
+	})
+}
+
+// parallel calls f for each number below n, some at once. After an error it
+// begins no more of them, and returns it once those under way have ended.
+func parallel(n int64, f func(i int64) error) error {
+	if n == 1 {
+		return f(0)
+	}
 	errs := make(chan error, maxParallel)
 	running := 0
 	var first error
@@ -245,98 +261,20 @@ func (c *Client) split(off, n, limit int64, f func(off, n int64) error) error {
 		}
 		running--
 	}
-	for end := off + n; off < end && first == nil; {
+	for i := int64(0); i < n && first == nil; {
 		if running == maxParallel {
 			collect()
 			continue
 		}
-		at, k := off, min(limit, end-off)
 		running++
-		go func() { errs <- f(at, k) }()
-		off += k
+		at := i
+		go func() { errs <- f(at) }()
+		i++
 	}
 	for running > 0 {
 		collect()
 	}
 	return first
-}
-
-// ReadStream implements memferry.StreamReader.
-func (c *Client) ReadStream(ctx context.Context, off, n int64, sink func(off, n int64, p []byte) error) error {
-	if err := memferry.CheckRange("read", off, n, c.info.Size); err != nil {
-		return err
-	}
-	if !c.aligned(off, n) {
-		p := make([]byte, n)
-		if _, err := c.ReadAtContext(ctx, p, off); err != nil {
-			return err
-		}
-		return sink(off, n, p)
-	}
-	for n > 0 {
-		k := min(n, c.maxRequest)
-		if err := c.streamOne(ctx, off, k, sink); err != nil {
-			return err
-		}
-		off += k
-		n -= k
-	}
-	return nil
-}
-
-// streamOne is one streamed request. After a lost connection it asks for what
-// has not been delivered, since the sink must not see bytes twice.
-func (c *Client) streamOne(ctx context.Context, off, n int64, sink func(off, n int64, p []byte) error) error {
-	deadline := time.Now().Add(c.opt.IOTimeout)
-	todo := []memferry.Extent{{Off: off, Len: n}}
-	for len(todo) > 0 {
-		want := todo[0]
-		if !c.aligned(want.Off, want.Len) {
-			// The server cut a block in two, and the connection broke there.
-			if err := c.ReadStream(ctx, want.Off, want.Len, sink); err != nil {
-				return err
-			}
-			todo = todo[1:]
-			continue
-		}
-		var got []memferry.Extent
-		err := c.request(ctx, request{typ: cmdRead, offset: uint64(want.Off), length: uint32(want.Len)}, func(k *call) {
-			k.sink = func(off, n int64, p []byte) error {
-				err := sink(off, n, p)
-				if err == nil {
-					got = append(got, memferry.Extent{Off: off, Len: n})
-				}
-				return err
-			}
-		}, nil)
-		switch {
-		case err == nil:
-			c.stats.readBytes.Add(want.Len)
-			todo = todo[1:]
-		case errors.Is(err, errConnLost) && time.Now().Before(deadline):
-			todo = append(missing(want, got), todo[1:]...)
-		default:
-			return err
-		}
-	}
-	return nil
-}
-
-// missing returns the parts of want that are not in got.
-func missing(want memferry.Extent, got []memferry.Extent) []memferry.Extent {
-	slices.SortFunc(got, func(a, b memferry.Extent) int { return int(min(max(a.Off-b.Off, -1), 1)) })
-	var out []memferry.Extent
-	at := want.Off
-	for _, g := range got {
-		if g.Off > at {
-			out = append(out, memferry.Extent{Off: at, Len: g.Off - at})
-		}
-		at = max(at, g.Off+g.Len)
-	}
-	if end := want.Off + want.Len; at < end {
-		out = append(out, memferry.Extent{Off: at, Len: end - at})
-	}
-	return out
 }
 
 // WriteAt implements memferry.Backend.
@@ -345,7 +283,7 @@ func (c *Client) WriteAt(p []byte, off int64) (int, error) {
 }
 
 // WriteAtContext implements memferry.ContextWriter. Where the server has
-// blocks larger than a byte, a write that covers one in part reads it first;
+// blocks larger than a byte, those that a write covers in part are read first;
 // no other write of this client comes between.
 func (c *Client) WriteAtContext(ctx context.Context, p []byte, off int64) (int, error) {
 	if err := c.checkWrite("write", off, int64(len(p))); err != nil {
@@ -354,23 +292,7 @@ func (c *Client) WriteAtContext(ctx context.Context, p []byte, off int64) (int, 
 	if len(p) == 0 {
 		return 0, nil
 	}
-	if c.aligned(off, int64(len(p))) {
-		c.rmw.RLock()
-		defer c.rmw.RUnlock()
-		if err := c.writeAligned(ctx, p, off); err != nil {
-			return 0, err
-		}
-		return len(p), nil
-	}
-	c.rmw.Lock()
-	defer c.rmw.Unlock()
-	from, to := c.widen(off, int64(len(p)))
-	b := make([]byte, to-from)
-	if err := c.readAligned(ctx, b, from); err != nil {
-		return 0, err
-	}
-	copy(b[off-from:], p)
-	if err := c.writeAligned(ctx, b, from); err != nil {
+	if err := c.write(ctx, p, off); err != nil {
 		return 0, err
 	}
 	return len(p), nil
@@ -389,65 +311,6 @@ func (c *Client) checkWrite(op string, off, n int64) error {
 	return nil
 }
 
-func (c *Client) writeAligned(ctx context.Context, p []byte, off int64) error {
-	return c.split(off, int64(len(p)), c.maxRequest, func(at, n int64) error {
-		q := p[at-off:][:n]
-		err := c.modify(ctx, request{typ: cmdWrite, offset: uint64(at), length: uint32(n)}, q)
-		if err == nil {
-			c.stats.writeBytes.Add(n)
-		}
-		return err
-	})
-}
-
-// modify performs one request that changes data.
-func (c *Client) modify(ctx context.Context, req request, payload []byte) error {
-	return c.request(ctx, req, func(k *call) { k.payload = payload }, nil)
-}
-
-// Sync implements memferry.Backend by FLUSH. See ErrSyncLost. Where the server
-// has no FLUSH it promises nothing, and Sync has nothing to add.
-func (c *Client) Sync() error {
-	if c.ctx.Err() != nil {
-		return memferry.ErrClosed
-	}
-	seen := c.reported.Load()
-	if err := c.syncLost(seen); err != nil {
-		return err
-	}
-	if !c.info.Flags.Has(FlagSendFlush) {
-		return nil
-	}
-	covered := c.acked.Load()
-	err := c.request(context.Background(), request{typ: cmdFlush}, nil, nil)
-	// Also after success: it may be that of a server that has restarted since
-	// the writes.
-	if lost := c.syncLost(seen); lost != nil {
-		return lost
-	}
-	if err == nil {
-		raise(&c.flushed, covered)
-	}
-	return err
-}
-
-// syncLost returns ErrSyncLost if writes may have been lost that the first
-// seen reports did not tell of.
-func (c *Client) syncLost(seen int64) error {
-	lost := c.lost.Load()
-	if lost <= seen {
-		return nil
-	}
-	raise(&c.reported, lost)
-	return fmt.Errorf("nbd: %s: %w", c.uri, ErrSyncLost)
-}
-
-// raise makes a at least n.
-func raise(a *atomic.Int64, n int64) {
-	for old := a.Load(); old < n && !a.CompareAndSwap(old, n); old = a.Load() {
-	}
-}
-
 // Trim implements memferry.Trimmer. Blocks that are covered in part stay.
 func (c *Client) Trim(off, n int64) error {
 	if err := c.checkWrite("trim", off, n); err != nil {
@@ -458,10 +321,20 @@ func (c *Client) Trim(off, n int64) error {
 	if off >= end {
 		return nil
 	}
-	c.rmw.RLock()
-	defer c.rmw.RUnlock()
-	return c.split(off, end-off, maxZero, func(at, n int64) error {
-		return c.modify(context.Background(), request{typ: cmdTrim, offset: uint64(at), length: uint32(n)}, nil)
+	return c.modify(context.Background(), request{typ: cmdTrim}, off, end-off)
+}
+
+// modify performs requests that change whole blocks and have no payload.
+func (c *Client) modify(ctx context.Context, req request, off, n int64) error {
+	hold, err := c.blocks.lock(ctx, c, off, n, time.Now().Add(c.opt.IOTimeout))
+	if err != nil {
+		return err
+	}
+	defer c.blocks.unlock(hold)
+	return split(off, n, maxZero, func(at, n int64) error {
+		part := req
+		part.offset, part.length = uint64(at), uint32(n)
+		return c.request(ctx, part, nil, nil)
 	})
 }
 
@@ -483,12 +356,7 @@ func (c *Client) WriteZeroes(off, n int64, flags memferry.ZeroFlags) error {
 	head := min((off+c.align-1)/c.align*c.align, off+n)
 	tail := max((off+n)/c.align*c.align, head)
 	if tail > head {
-		c.rmw.RLock()
-		err := c.split(head, tail-head, maxZero, func(at, n int64) error {
-			return c.modify(context.Background(), request{flags: wire, typ: cmdWriteZeroes, offset: uint64(at), length: uint32(n)}, nil)
-		})
-		c.rmw.RUnlock()
-		if err != nil {
+		if err := c.modify(context.Background(), request{flags: wire, typ: cmdWriteZeroes}, head, tail-head); err != nil {
 			return err
 		}
 	}

@@ -7,6 +7,7 @@ import (
 	"io"
 	"net"
 	"strings"
+	"sync/atomic"
 	"testing"
 	"time"
 
@@ -30,6 +31,10 @@ type peer struct {
 
 	content []byte
 	early   chan string // options that were sent too early
+
+	hand  chan net.Conn                 // gets what is in transmission, instead of answer
+	pair  func() (client, srv net.Conn) // net.Pipe if nil
+	dials atomic.Int64
 }
 
 const peerSize = 1 << 20
@@ -43,11 +48,21 @@ func newPeer() *peer {
 
 // dial is the Dialer of a client of the peer.
 func (p *peer) dial(context.Context, string, string) (net.Conn, error) {
-	client, server := net.Pipe()
+	p.dials.Add(1)
+	pair := p.pair
+	if pair == nil {
+		pair = net.Pipe
+	}
+	client, server := pair()
 	go func() {
-		defer server.Close()
 		_ = server.SetDeadline(time.Now().Add(hang)) // an error shows in what the client says
-		if p.handshake(server) {
+		up := p.handshake(server)
+		if up && p.hand != nil {
+			p.hand <- server
+			return
+		}
+		defer server.Close()
+		if up {
 			p.transmit(server)
 		}
 	}()

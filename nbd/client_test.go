@@ -274,9 +274,14 @@ func writeAndReadBack(t *testing.T, c *Client, stop chan struct{}, base, block i
 	}
 }
 
-// forgetInstance makes the client treat its server as one that does not say
-// whether it has restarted.
-func forgetInstance(c *Client) { c.instance.Store(new(string)) }
+// forgetInstance makes the client treat its connections as those to a server
+// that does not say whether it has restarted.
+func forgetInstance(c *Client) {
+	c.losses.mu.Lock()
+	defer c.losses.mu.Unlock()
+	c.losses.named.name = ""
+	c.losses.named = nil
+}
 
 // A connection that broke loses nothing as long as the server is the same, and
 // all that was not synced when it has restarted.
@@ -297,7 +302,7 @@ func TestClientSyncInstance(t *testing.T) {
 			}
 			want := ErrSyncLost
 			if !restart {
-				x.instance, want = *c.instance.Load(), nil
+				x.instance, want = c.losses.named.name, nil
 			}
 			s.mu.Lock()
 			s.exports["x"] = x
@@ -494,7 +499,7 @@ func TestClientCloseUnblocks(t *testing.T) {
 }
 
 func TestMissing(t *testing.T) {
-	got := missing(memferry.Extent{Off: 100, Len: 100}, []memferry.Extent{{Off: 150, Len: 10}, {Off: 100, Len: 20}})
+	got := delivered{{Off: 150, Len: 10}, {Off: 100, Len: 20}}.missing(memferry.Extent{Off: 100, Len: 100})
 	want := []memferry.Extent{{Off: 120, Len: 30}, {Off: 160, Len: 40}}
 	if len(got) != 2 || got[0] != want[0] || got[1] != want[1] {
 		t.Errorf("missing = %v, want %v", got, want)
