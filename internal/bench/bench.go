@@ -72,6 +72,9 @@ func (r *Report) Results() []Result {
 	return out
 }
 
+// Empty reports whether nothing was measured, nor should have been.
+func (r *Report) Empty() bool { return len(r.results) == 0 && len(r.failures) == 0 }
+
 // Fail records that something could not be measured.
 func (r *Report) Fail(group, scenario, subject string, err error) {
 	r.failures = append(r.failures, failure{group, scenario, subject, err})
@@ -138,8 +141,12 @@ func Percentile(samples []float64, p float64) float64 {
 // random order each time, and records what they measure. A machine whose speed
 // drifts is then as unfair to one as to another. A subject that fails is
 // reported and left out: what it measured before is dropped, for a median of
-// fewer rounds than the others' would not be told from theirs.
+// fewer rounds than the others' would not be told from theirs. A scenario that
+// Options.Scenario leaves out is not run.
 func (e *Env) Compare(ctx context.Context, group, scenario string, subjects ...Subject) {
+	if !e.wants(scenario) {
+		return
+	}
 	measured := make([][]Value, len(subjects))
 	failed := make([]bool, len(subjects))
 	for round := range e.Rounds + 1 {

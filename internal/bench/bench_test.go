@@ -4,8 +4,11 @@ import (
 	"context"
 	"errors"
 	"io/fs"
+	"maps"
 	"os"
 	"path/filepath"
+	"regexp"
+	"slices"
 	"strings"
 	"testing"
 	"time"
@@ -102,6 +105,50 @@ func TestFailureDropsEarlierRounds(t *testing.T) {
 	v := e.Report.Judge([]Goal{{"g", "s", "rate", "us", nil, Higher, 1}})
 	if len(v) != 1 || v[0].word() != "not measured" {
 		t.Errorf("verdicts %v", v)
+	}
+}
+
+// TestScenariosAreNarrowed: what the expression does not match is not run, not
+// set up, not judged, and told to whoever asks what there is.
+func TestScenariosAreNarrowed(t *testing.T) {
+	e := &Env{Rounds: 5, Log: t.Output(), Report: &Report{}, only: regexp.MustCompile("^read at (1|10)ms$")}
+	ran := map[string]int{}
+	for _, scenario := range []string{"read at 1ms", "read at 10ms", "read at 100ms", "write at 1ms", "write at 1ms"} {
+		e.Compare(t.Context(), "g", scenario, Subject{"us", func(context.Context) ([]Value, error) {
+			ran[scenario]++
+			return []Value{{"rate", "MB/s", Higher, 1}}, nil
+		}})
+	}
+	if want := map[string]int{"read at 1ms": 6, "read at 10ms": 6}; !maps.Equal(ran, want) {
+		t.Errorf("ran %v, want %v", ran, want)
+	}
+	if e.wants("write at 1ms", "read at 50ms") || !e.wants("write at 1ms", "read at 10ms") {
+		t.Error("set up for nothing, or not set up")
+	}
+	if got, want := e.Skipped(), []string{"read at 100ms", "write at 1ms", "read at 50ms"}; !slices.Equal(got, want) {
+		t.Errorf("left out %q, want %q", got, want)
+	}
+	if v := e.Report.Judge([]Goal{{"g", "write at 1ms", "rate", "us", nil, Higher, 1}}); len(v) != 0 {
+		t.Errorf("judged what was left out: %v", v)
+	}
+	if e.Report.Empty() || !(&Report{}).Empty() {
+		t.Error("a report that is not empty is, or the other way round")
+	}
+}
+
+// TestGoalsNameScenarios: the names by which a group decides what to set up
+// are those that are judged.
+func TestGoalsNameScenarios(t *testing.T) {
+	for group, run := range map[string]func(context.Context, *Env) error{"nbd": NBD, "link": Link, "fuse": FUSE} {
+		e := &Env{Rounds: 1, Size: 1 << 20, Log: t.Output(), Report: &Report{}, only: regexp.MustCompile("no such scenario")}
+		if err := run(t.Context(), e); err != nil {
+			t.Errorf("%s: %v", group, err)
+		}
+		for _, g := range Goals() {
+			if g.Group == group && !slices.Contains(e.Skipped(), g.Scenario) {
+				t.Errorf("%s: %q is not among %q", group, g.Scenario, e.Skipped())
+			}
+		}
 	}
 }
 

@@ -12,6 +12,7 @@ import (
 	"os"
 	"os/exec"
 	"path/filepath"
+	"regexp"
 	"slices"
 	"strconv"
 	"strings"
@@ -29,6 +30,9 @@ type Env struct {
 	Log     io.Writer
 	Report  *Report
 
+	only    *regexp.Regexp // scenarios to run; nil: all
+	skipped []string       // names of those that it left out
+
 	dir      string // in memory: storage must not matter
 	bin      string // on disk: programs in memory would count as shared memory
 	memferry string
@@ -42,12 +46,14 @@ type Options struct {
 	Rounds  int
 	Size    int64
 	Seconds int
-	Log     io.Writer // progress; nil discards
+	// Scenario narrows the run to scenarios whose name it matches; nil: all.
+	Scenario *regexp.Regexp
+	Log      io.Writer // progress; nil discards
 }
 
 // Open builds the programs and makes the data.
 func Open(ctx context.Context, o Options) (*Env, error) {
-	e := &Env{Rounds: o.Rounds, Size: o.Size, Seconds: o.Seconds, Log: o.Log, Report: &Report{}}
+	e := &Env{Rounds: o.Rounds, Size: o.Size, Seconds: o.Seconds, Log: o.Log, Report: &Report{}, only: o.Scenario}
 	if e.Rounds == 0 {
 		e.Rounds = 5
 	}
@@ -102,6 +108,27 @@ func (e *Env) detachMounts() error {
 	}
 	return err
 }
+
+// wants reports whether one of the scenarios is to be run: what only others
+// need has not to be set up.
+func (e *Env) wants(scenarios ...string) bool {
+	if e.only == nil {
+		return true
+	}
+	found := false
+	for _, s := range scenarios {
+		switch {
+		case e.only.MatchString(s):
+			found = true
+		case !slices.Contains(e.skipped, s):
+			e.skipped = append(e.skipped, s)
+		}
+	}
+	return found
+}
+
+// Skipped returns the names of the scenarios that Options.Scenario left out.
+func (e *Env) Skipped() []string { return e.skipped }
 
 func (e *Env) logf(format string, args ...any) {
 	fmt.Fprintf(e.Log, time.Now().Format("15:04:05 ")+format+"\n", args...)

@@ -69,6 +69,9 @@ func Link(ctx context.Context, e *Env) error {
 
 func (e *Env) linkAt(ctx context.Context, rtt time.Duration) error {
 	at := fmt.Sprintf(" at %v", rtt)
+	if !e.wants("cat"+at, "first byte"+at, "4K during the pull"+at, "push"+at) {
+		return nil
+	}
 	size := min(e.Size, linkSize)
 	source := filepath.Join(e.dir, "far")
 	if err := e.truncatedCopy(source, size); err != nil {

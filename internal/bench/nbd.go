@@ -72,6 +72,9 @@ func nbdkit(at endpoint, args ...string) (*process, error) {
 	return serverAt(at, "nbdkit", append(where, args...)...)
 }
 
+// randomAt and a depth name the scenarios of random reads.
+const randomAt = "4K random read depth "
+
 // NBD compares the servers.
 func NBD(ctx context.Context, e *Env) error {
 	for _, network := range []string{"unix", "tcp"} {
@@ -123,6 +126,9 @@ func (e *Env) startServers(ctx context.Context, network string) (servers []*runn
 }
 
 func (e *Env) nbdOver(ctx context.Context, network string) error {
+	if !e.wants("read "+network, "write "+network, randomAt+"1 "+network, randomAt+"32 "+network) {
+		return nil
+	}
 	servers, stop, err := e.startServers(ctx, network)
 	if err != nil {
 		return err
@@ -148,7 +154,7 @@ func (e *Env) nbdOver(ctx context.Context, network string) error {
 		})
 	})
 	for _, depth := range []string{"1", "32"} {
-		compare("4K random read depth "+depth, func(ctx context.Context, s *runningServer) ([]Value, error) {
+		compare(randomAt+depth, func(ctx context.Context, s *runningServer) ([]Value, error) {
 			v, err := e.fio(ctx, "--ioengine=nbd", "--uri="+s.uri(), "--rw=randread", "--bs=4k", "--iodepth="+depth)
 			return only(v, "IOPS", "p50"), err
 		})

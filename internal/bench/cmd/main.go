@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"regexp"
 	"runtime"
 	"slices"
 	"strings"
@@ -47,6 +48,7 @@ func main() {
 
 func run(ctx context.Context) error {
 	which := flag.String("run", "all", "groups to run, separated by commas: nbd, fuse, link, direct, memory")
+	only := flag.String("scenario", "", "run only scenarios whose name, as in the tables, this regular expression matches, such as 'cat at (1|10)ms$' or ' unix$'")
 	quick := flag.Bool("quick", false, "small sizes and one round: shows that it works, not how fast it is")
 	rounds := flag.Int("rounds", 5, "measurements of each subject")
 	size := flag.Int64("size", 1<<30, "bytes that the sequential scenarios move")
@@ -60,6 +62,10 @@ func run(ctx context.Context) error {
 	}
 	if *doc != "" && o.Rounds < 5 {
 		return fmt.Errorf("-o %s: a median of %d rounds is no figure to keep; run at least 5", *doc, o.Rounds)
+	}
+	var err error
+	if o.Scenario, err = scenarios(*only, *doc); err != nil {
+		return err
 	}
 	selected := strings.Split(*which, ",")
 	for _, s := range selected {
@@ -85,6 +91,9 @@ func run(ctx context.Context) error {
 			fmt.Fprintf(os.Stderr, "group %s took %v\n", g.name, time.Since(begin).Round(time.Second))
 		}
 	}
+	if o.Scenario != nil && e.Report.Empty() && err == nil {
+		err = fmt.Errorf("-scenario %q matches nothing in %s: there are %s", *only, *which, strings.Join(e.Skipped(), "; "))
+	}
 	e.Report.WriteTables(os.Stdout, bench.Goals())
 	if *doc != "" && err == nil {
 		err = writeDoc(*doc, e.Report, o)
@@ -94,6 +103,21 @@ func run(ctx context.Context) error {
 		err = errors.Join(err, e.Report.WriteJSON(&b), os.WriteFile(*jsonFile, b.Bytes(), 0o644))
 	}
 	return errors.Join(err, e.Close())
+}
+
+// scenarios compiles the expression that narrows a run; nil where there is none.
+func scenarios(expression, doc string) (*regexp.Regexp, error) {
+	if expression == "" {
+		return nil, nil
+	}
+	if doc != "" {
+		return nil, fmt.Errorf("-o %s: it replaces whole sections; leave out -scenario", doc)
+	}
+	re, err := regexp.Compile(expression)
+	if err != nil {
+		return nil, fmt.Errorf("-scenario: %w", err)
+	}
+	return re, nil
 }
 
 // writeDoc replaces the sections of the groups that ran in a document.
