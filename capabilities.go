@@ -130,6 +130,11 @@ type StreamReader interface {
 
 // Viewer is implemented by backends that are mapped memory. A view is the
 // memory itself; a write through the backend shows in it at once.
+//
+// The mapping must hold nothing but the backend's bytes and be unmapped when it
+// is no longer needed, not used for something else: who has a view may give
+// references to its pages to the kernel (vmsplice(2)), which keeps them for a
+// while after ReleaseView.
 type Viewer interface {
 	// View returns the n bytes at off for reading. The caller must call
 	// ReleaseView once when done; Close waits for that.

@@ -30,6 +30,7 @@ const (
 	DefaultHandshakeTimeout    = 10 * time.Second
 	DefaultRequestTimeout      = 30 * time.Second
 	DefaultWriteTimeout        = 30 * time.Second
+	DefaultStarvedTimeout      = 5 * time.Second
 	DefaultFenceTimeout        = 5 * time.Second
 )
 
@@ -65,6 +66,10 @@ type ServerOptions struct {
 	// WriteTimeout is how long a client may take to accept each MiB of
 	// replies.
 	WriteTimeout time.Duration
+	// StarvedTimeout is how long a client may stall, in the middle of a payload
+	// or in accepting a MiB of replies, while others wait for memory or for a
+	// place among the requests in flight of which it holds some.
+	StarvedTimeout time.Duration
 	// FenceTimeout is how long a client that ends an earlier session waits for
 	// the requests of that one before it is told to ask again. The handshake
 	// timeout has to be longer.
@@ -86,6 +91,7 @@ func (o ServerOptions) withDefaults() ServerOptions {
 	def(&o.HandshakeTimeout, DefaultHandshakeTimeout)
 	def(&o.RequestTimeout, DefaultRequestTimeout)
 	def(&o.WriteTimeout, DefaultWriteTimeout)
+	def(&o.StarvedTimeout, DefaultStarvedTimeout)
 	def(&o.FenceTimeout, DefaultFenceTimeout)
 	// One piece of memory must be able to hold the largest request, and the
 	// protocol's reads with DF need 64 KiB at least.
@@ -111,6 +117,7 @@ func def[T int | int64 | time.Duration](p *T, value T) {
 type Server struct {
 	opt    ServerOptions
 	memory *memoryPool
+	pipes  pipes
 	slots  chan struct{} // one per request that waits for a backend
 
 	ctx    context.Context // ends with Close
@@ -127,6 +134,7 @@ type Server struct {
 	past      counters // of connections that have ended
 	accepted  int64
 	refused   int64
+	cut       int64 // for what others waited for
 
 	lastComplaint atomic.Int64 // UnixNano
 	untold        atomic.Int64 // complaints since
@@ -381,6 +389,7 @@ func (s *Server) Close() error {
 		_ = c.nc.Close()
 	}
 	s.memory.close()
+	s.pipes.close()
 	return nil
 }
 
@@ -424,6 +433,7 @@ type ServerStats struct {
 	Connections int   // now
 	Accepted    int64 // ever
 	Refused     int64 // for the limit on connections
+	Cut         int64 // stalled ones that held what others waited for
 	InFlight    int   // requests that wait for a backend
 	Memory      int64 // bytes that hold data of requests
 	Reads       int64 // requests, ever, as are the following
@@ -434,6 +444,7 @@ type ServerStats struct {
 	Statuses    int64
 	Others      int64
 	ReadBytes   int64 // sent, holes included
+	Spliced     int64 // bytes of those that were not copied
 	WriteBytes  int64 // received
 	Errors      int64 // requests that were answered with an error
 }
@@ -448,13 +459,13 @@ func (s *Server) Stats() ServerStats {
 		sum.add(&c.counters)
 	}
 	return ServerStats{
-		Connections: len(s.conns), Accepted: s.accepted, Refused: s.refused,
+		Connections: len(s.conns), Accepted: s.accepted, Refused: s.refused, Cut: s.cut,
 		InFlight: len(s.slots), Memory: s.memory.inUse(),
 		Reads: sum.commands[cmdRead].Load(), Writes: sum.commands[cmdWrite].Load(),
 		Flushes: sum.commands[cmdFlush].Load(), Trims: sum.commands[cmdTrim].Load(),
 		Zeroes: sum.commands[cmdWriteZeroes].Load(), Statuses: sum.commands[cmdBlockStatus].Load(),
 		Others:    sum.commands[cmdDisc].Load() + sum.commands[cmdCache].Load(),
-		ReadBytes: sum.readBytes.Load(), WriteBytes: sum.writeBytes.Load(), Errors: sum.errors.Load(),
+		ReadBytes: sum.readBytes.Load(), Spliced: sum.splicedBytes.Load(), WriteBytes: sum.writeBytes.Load(), Errors: sum.errors.Load(),
 	}
 }
 
@@ -462,6 +473,7 @@ func (s *Server) Stats() ServerStats {
 type counters struct {
 	commands              [cmdBlockStatus + 1]atomic.Int64
 	readBytes, writeBytes atomic.Int64
+	splicedBytes          atomic.Int64 // of readBytes
 	errors                atomic.Int64
 }
 
@@ -471,5 +483,6 @@ func (c *counters) add(d *counters) {
 	}
 	c.readBytes.Add(d.readBytes.Load())
 	c.writeBytes.Add(d.writeBytes.Load())
+	c.splicedBytes.Add(d.splicedBytes.Load())
 	c.errors.Add(d.errors.Load())
 }

@@ -132,6 +132,9 @@ func (c *serverConn) read(rq request) error {
 		c.replyHole(rq, held{})
 		return nil
 	}
+	if done, err := c.readByReference(rq); done || err != nil {
+		return err
+	}
 	if v := x.caps.Viewer; v != nil {
 		p, err := v.View(off, int64(rq.length))
 		if err != nil {
@@ -154,7 +157,7 @@ func (c *serverConn) read(rq request) error {
 		return nil
 	}
 	if err := c.start(func() { c.readInto(rq, buf, held{slot: true}) }); err != nil {
-		c.srv.memory.put(buf)
+		c.giveBack(buf)
 		return err
 	}
 	return nil
@@ -237,7 +240,7 @@ func (c *serverConn) receive(n int) (*buffer, error) {
 		return nil, err
 	}
 	if err := c.in.full(buf.b, c.out.flush); err != nil {
-		c.srv.memory.put(buf)
+		c.giveBack(buf)
 		return nil, err
 	}
 	return buf, nil
@@ -261,7 +264,7 @@ func (c *serverConn) writeBuffer(rq request) error {
 		c.reply(rq, err, held{buf: buf, slot: true})
 	})
 	if err != nil {
-		c.srv.memory.put(buf)
+		c.giveBack(buf)
 	}
 	return err
 }
@@ -335,7 +338,7 @@ func (c *serverConn) startPiece(rq request, g *pieceGroup, off int64, n int) err
 		c.endPiece(rq, g)
 	})
 	if err != nil {
-		c.srv.memory.put(buf)
+		c.giveBack(buf)
 	}
 	return err
 }

@@ -37,6 +37,7 @@ type serverConn struct {
 	current atomic.Pointer[export] // exp, for Server.Remove
 
 	slots chan struct{}  // one per request in flight, until its reply is sent
+	bufs  atomic.Int64   // buffers of the server's memory that requests hold
 	tasks sync.WaitGroup // goroutines at work on requests
 
 	// Of the reading goroutine.
@@ -399,13 +400,17 @@ func (c *serverConn) replyDone(rq request, h held) {
 func (c *serverConn) replyData(rq request, p []byte, h held) {
 	c.counters.readBytes.Add(int64(len(p)))
 	b := c.out.begin()
-	if c.structured {
-		b.arena = appendOffsetData(b.arena, replyFlagDone, rq.cookie, rq.offset, rq.length)
-	} else {
-		b.arena = appendSimpleReply(b.arena, simpleReply{0, rq.cookie})
-	}
+	b.arena = c.appendDataHeader(b.arena, rq)
 	b.addData(p)
 	c.out.commit(h, h.slot)
+}
+
+// appendDataHeader appends what precedes the data of a read.
+func (c *serverConn) appendDataHeader(b []byte, rq request) []byte {
+	if c.structured {
+		return appendOffsetData(b, replyFlagDone, rq.cookie, rq.offset, rq.length)
+	}
+	return appendSimpleReply(b, simpleReply{0, rq.cookie})
 }
 
 // replyHole adds the reply to a read of zeroes; structured replies only.
@@ -419,7 +424,7 @@ func (c *serverConn) replyHole(rq request, h held) {
 // released takes back what a reply held.
 func (c *serverConn) released(h held) {
 	if h.buf != nil {
-		c.srv.memory.put(h.buf)
+		c.giveBack(h.buf)
 	}
 	if h.viewer != nil {
 		h.viewer.ReleaseView()
@@ -440,26 +445,56 @@ func (c *serverConn) acquireSlot() error {
 		default:
 		}
 		c.out.flush()
-		select {
-		case slots <- struct{}{}:
-		case <-c.ctx.Done():
+		if err := c.waitForSlot(slots); err != nil {
 			if slots == c.srv.slots {
 				<-c.slots
 			}
-			return c.ctx.Err()
+			return err
 		}
 	}
 	return nil
 }
 
+func (c *serverConn) waitForSlot(slots chan struct{}) error {
+	tick := time.NewTicker(c.srv.opt.StarvedTimeout / starvedChecks)
+	defer tick.Stop()
+	for {
+		select {
+		case slots <- struct{}{}:
+			return nil
+		case <-c.ctx.Done():
+			return c.ctx.Err()
+		case <-tick.C:
+			c.starved()
+		}
+	}
+}
+
 // buffer returns memory for n bytes, for which it may have to wait.
 func (c *serverConn) buffer(n int) (*buffer, error) {
 	b, err := c.srv.memory.tryGet(n)
-	if b != nil || err != nil {
-		return b, err
+	if b == nil && err == nil {
+		c.out.flush()
+		b, err = c.waitForBuffer(n)
 	}
-	c.out.flush()
-	return c.srv.memory.get(c.ctx, n)
+	if b != nil {
+		c.bufs.Add(1)
+	}
+	return b, err
+}
+
+// waitForBuffer is buffer for when there is none now. What it returns is not
+// yet counted.
+func (c *serverConn) waitForBuffer(n int) (*buffer, error) {
+	tick := time.NewTicker(c.srv.opt.StarvedTimeout / starvedChecks)
+	defer tick.Stop()
+	return c.srv.memory.get(c.ctx, n, tick.C, c.starved)
+}
+
+// giveBack ends the use of what buffer returned.
+func (c *serverConn) giveBack(b *buffer) {
+	c.bufs.Add(-1)
+	c.srv.memory.put(b)
 }
 
 // start runs f, which replies to a request, on a goroutine of its own. The

@@ -7,6 +7,7 @@ import (
 	"math/bits"
 	"os"
 	"sync"
+	"sync/atomic"
 	"syscall"
 
 	"github.com/memferry/memferry"
@@ -53,7 +54,9 @@ type export struct {
 	sizes blockSizes
 
 	access access
-	file   syscall.RawConn // of a Filer with accessFile
+	file   syscall.RawConn // of a Filer
+	// noSplice is set once its pages could not be taken by reference.
+	noSplice atomic.Bool
 
 	syncs syncGroup
 }

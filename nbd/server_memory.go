@@ -4,6 +4,7 @@ import (
 	"context"
 	"math/bits"
 	"sync"
+	"time"
 
 	"golang.org/x/sys/unix"
 )
@@ -86,8 +87,9 @@ func (p *memoryPool) tryGet(n int) (*buffer, error) {
 	return p.allocate(n, class, size)
 }
 
-// get is tryGet that waits for memory.
-func (p *memoryPool) get(ctx context.Context, n int) (*buffer, error) {
+// get is tryGet that waits for memory, and meanwhile calls onTick upon each
+// tick.
+func (p *memoryPool) get(ctx context.Context, n int, tick <-chan time.Time, onTick func()) (*buffer, error) {
 	b, err := p.tryGet(n)
 	if b != nil || err != nil {
 		return b, err
@@ -98,12 +100,16 @@ func (p *memoryPool) get(ctx context.Context, n int) (*buffer, error) {
 	p.waiters = append(p.waiters, w)
 	p.grantLocked()
 	p.mu.Unlock()
-	select {
-	case <-w.ready:
-		return p.allocate(n, class, size)
-	case <-ctx.Done():
-		p.abandon(w)
-		return nil, ctx.Err()
+	for {
+		select {
+		case <-w.ready:
+			return p.allocate(n, class, size)
+		case <-ctx.Done():
+			p.abandon(w)
+			return nil, ctx.Err()
+		case <-tick:
+			onTick()
+		}
 	}
 }
 

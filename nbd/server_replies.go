@@ -3,6 +3,7 @@ package nbd
 import (
 	"net"
 	"sync"
+	"syscall"
 	"time"
 
 	"github.com/memferry/memferry"
@@ -75,7 +76,8 @@ func (b *batch) reset() {
 // bottleneck, and go out at once when it is not.
 type replies struct {
 	nc      net.Conn
-	timeout time.Duration // for writePiece bytes; 0: none
+	raw     syscall.RawConn // of a UNIX socket, which takes pages; else nil
+	timeout time.Duration   // for writePiece bytes; 0: none
 	release func(held)
 
 	mu      sync.Mutex
@@ -85,6 +87,8 @@ type replies struct {
 	sending bool
 	err     error // the first; everything after it is dropped
 
+	stall stall // of the client, in taking what is being sent
+
 	// Of the one that sends.
 	deadline time.Time
 	out      net.Buffers
@@ -93,6 +97,10 @@ type replies struct {
 func newReplies(nc net.Conn, timeout time.Duration, release func(held)) *replies {
 	w := &replies{nc: nc, timeout: timeout, release: release}
 	w.room.L = &w.mu
+	if u, ok := nc.(*net.UnixConn); ok {
+		// Without it, nothing is sent by reference.
+		w.raw, _ = u.SyscallConn()
+	}
 	w.pending = &batch{arena: make([]byte, 0, batchArena)}
 	w.spare = &batch{arena: make([]byte, 0, batchArena)}
 	return w
@@ -151,6 +159,42 @@ func (w *replies) drain() {
 	}
 }
 
+// sendPipe sends what is pending and then the n bytes in p, for which it waits
+// for its turn. It reports whether p is empty; otherwise the connection is at
+// its end.
+func (w *replies) sendPipe(p *pipe, n int) bool {
+	w.mu.Lock()
+	defer w.mu.Unlock()
+	for w.sending {
+		w.room.Wait()
+	}
+	w.sendLocked()
+	if w.err != nil {
+		return false
+	}
+	w.sending = true
+	w.mu.Unlock()
+	w.stall.begin(w.armDeadline())
+	err := p.sendTo(w.nc, w.raw, n)
+	w.stall.end()
+	w.mu.Lock()
+	w.sending = false
+	w.failLocked(err)
+	w.sendLocked() // what was added meanwhile
+	w.room.Broadcast()
+	return err == nil
+}
+
+// failLocked notes an error of the connection and ends it.
+func (w *replies) failLocked(err error) {
+	if err == nil || w.err != nil {
+		return
+	}
+	w.err = err
+	// Wakes the reader, which ends the connection.
+	_ = w.nc.Close()
+}
+
 // sendLocked sends until nothing is pending, unless another goroutine does. It
 // releases the mutex while it writes.
 func (w *replies) sendLocked() {
@@ -172,11 +216,7 @@ func (w *replies) sendLocked() {
 		b.reset()
 		w.mu.Lock()
 		w.spare = b
-		if err != nil && w.err == nil {
-			w.err = err
-			// Wakes the reader, which ends the connection.
-			_ = w.nc.Close()
-		}
+		w.failLocked(err)
 		w.room.Broadcast()
 	}
 	w.sending = false
@@ -210,7 +250,8 @@ func (w *replies) write(b *batch) error {
 }
 
 func (w *replies) writeVectors(v [][]byte) error {
-	w.armDeadline()
+	w.stall.begin(w.armDeadline())
+	defer w.stall.end()
 	if len(v) == 1 {
 		_, err := w.nc.Write(v[0])
 		return err
@@ -221,16 +262,15 @@ func (w *replies) writeVectors(v [][]byte) error {
 	return err
 }
 
-// armDeadline is stream.armDeadline for writes.
-func (w *replies) armDeadline() {
-	if w.timeout <= 0 {
-		return
-	}
-	if now := time.Now(); w.deadline.Sub(now) < w.timeout*3/4 {
+// armDeadline is stream.armDeadline for writes. It returns the time.
+func (w *replies) armDeadline() time.Time {
+	now := time.Now()
+	if w.timeout > 0 && w.deadline.Sub(now) < w.timeout*3/4 {
 		w.deadline = now.Add(w.timeout)
 		// An error means that the connection is closed; the write will say so.
 		_ = w.nc.SetWriteDeadline(w.deadline)
 	}
+	return now
 }
 
 // fail makes everything that was not sent be dropped.

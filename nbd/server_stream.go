@@ -45,6 +45,8 @@ type stream struct {
 	n        int
 	err      error
 
+	stall stall // of the client, in the middle of a payload
+
 	// timeout is how long a message that has begun may take to go on.
 	timeout  time.Duration
 	deadline time.Time // as set on nc; zero: none
@@ -170,8 +172,9 @@ func (s *stream) full(p []byte, beforeWait func()) error {
 		n, err := s.receive(p, tail, false)
 		if errors.Is(err, errWouldBlock) {
 			beforeWait()
-			s.armDeadline()
+			s.stall.begin(s.armDeadline())
 			n, err = s.receive(p, tail, true)
+			s.stall.end()
 		}
 		if err != nil {
 			return midMessage(err)
@@ -200,14 +203,13 @@ func (s *stream) discard(n int64) error {
 
 // armDeadline makes sure that a read that starts now ends within timeout, and
 // not before three quarters of it: setting the deadline anew each time costs
-// too much.
-func (s *stream) armDeadline() {
-	if s.timeout <= 0 {
-		return
-	}
-	if now := time.Now(); s.deadline.Sub(now) < s.timeout*3/4 {
+// too much. It returns the time.
+func (s *stream) armDeadline() time.Time {
+	now := time.Now()
+	if s.timeout > 0 && s.deadline.Sub(now) < s.timeout*3/4 {
 		s.setDeadline(now.Add(s.timeout))
 	}
+	return now
 }
 
 func (s *stream) setDeadline(t time.Time) {
