@@ -2,6 +2,7 @@ package region
 
 import (
 	"context"
+	"errors"
 	"fmt"
 	"time"
 
@@ -23,11 +24,15 @@ const (
 func (r *Region) mapLoop() {
 	failures := 0
 	for page := int64(0); ; {
-		page = r.table.NextAbsent(page, r.pages)
 		r.mu.Lock()
+		if r.pull.remap {
+			r.pull.remap, page = false, 0
+		}
+		page = r.table.NextAbsent(page, r.pages)
 		r.pull.mapped = page
 		r.pull.kick()
 		stop := r.changed != nil || r.ctx.Err() != nil
+		r.pull.mapping = page < r.pages && !stop
 		r.mu.Unlock()
 		if page == r.pages || stop {
 			return
@@ -47,17 +52,35 @@ func (r *Region) mapLoop() {
 		sleep(r.ctx, min(minPullPause<<failures, maxPullPause))
 	}
 	r.mu.Lock()
-	r.pull.mapped = r.pages // all of it is pulled, then
+	r.pull.mapped, r.pull.mapping, r.pull.remap = r.pages, false, false // all of it is pulled, then
 	r.pull.kick()
 	r.mu.Unlock()
 }
+
+// mapAgainLocked has pages from page on, which have become absent, searched for
+// holes.
+func (r *Region) mapAgainLocked(page int64) {
+	if r.o.Pull == PullNone || r.remote.can.Extenter == nil || r.ctx.Err() != nil {
+		return
+	}
+	r.pull.mapped = min(r.pull.mapped, page)
+	if r.pull.mapping {
+		r.pull.remap = true
+		return
+	}
+	r.pull.mapping = true
+	r.spawn(r.mapLoop)
+}
+
+// errMapStale is about extents that were asked for before an Invalidate.
+var errMapStale = errors.New("the extents may be out of date")
 
 // mapSome asks for extents from page on, and returns the page after the last
 // one that they tell of.
 func (r *Region) mapSome(page int64) (int64, error) {
 	ctx, cancel := context.WithTimeout(memferry.WithClass(r.ctx, memferry.ClassReadAhead), r.o.IOTimeout)
 	defer cancel()
-	off := page * pageSize
+	off, drops := page*pageSize, r.drops.Load()
 	extents, err := r.remote.can.Extenter.Extents(ctx, off, r.size-off)
 	if err != nil {
 		return page, err
@@ -74,7 +97,9 @@ func (r *Region) mapSome(page int64) (int64, error) {
 			i++
 		}
 		if zero {
-			if err := r.settleZero(start, at); err != nil {
+			if err := r.settleZero(start, at, drops); errors.Is(err, errMapStale) {
+				return page, nil
+			} else if err != nil {
 				return page, err
 			}
 		}
@@ -90,13 +115,17 @@ func (r *Region) mapSome(page int64) (int64, error) {
 }
 
 // settleZero makes the absent whole pages of [off, end) present as zero.
-func (r *Region) settleZero(off, end int64) error {
+func (r *Region) settleZero(off, end, drops int64) error {
 	page, last := (off+pageSize-1)/pageSize, end/pageSize
 	if end == r.size {
 		last = r.pages
 	}
 	for page < last {
 		r.mu.Lock()
+		if r.drops.Load() != drops {
+			r.mu.Unlock()
+			return errMapStale
+		}
 		run := r.table.BeginZero(page, min(last-page, maxZeroRun))
 		r.mu.Unlock()
 		if run.N == 0 {

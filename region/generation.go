@@ -196,6 +196,9 @@ func (r *Region) beginPushGeneration() error {
 	if tag != "" && tag != known {
 		r.mu.Lock()
 		defer r.mu.Unlock()
+		if r.gen.tag != known { // Invalidate has adopted another meanwhile
+			return fmt.Errorf("the remote's generation was just renewed: %w", memferry.ErrTimeout)
+		}
 		err := r.changedError(known, tag)
 		r.setChangedLocked(err)
 		return err

@@ -206,6 +206,8 @@ func (w *world) step() {
 	case k < 92:
 		w.did = append(w.did, "extents")
 		_, err = w.r.Extents(context.Background(), off, n)
+	case k < 93:
+		err = w.invalidate(off, n)
 	case k < 94:
 		w.setFaults(w.rnd.IntN(2) == 0)
 	case k < 97:

@@ -51,9 +51,10 @@ type puller struct {
 
 	full bool // fetch everything, not only ahead of readers
 
-	seq    int64 // where the sequential rest goes on
-	mapped int64 // pages before this one were asked for holes; all, without such a search
-	again  bool  // something behind seq or in a past batch has to be fetched again
+	seq            int64 // where the sequential rest goes on
+	mapping, remap bool  // a search for holes is under way; it has to begin again
+	mapped         int64 // pages before this one were asked for holes; all, without such a search
+	again          bool  // something behind seq or in a past batch has to be fetched again
 
 	// ranked holds the chunks that come next by the application's priority.
 	ranked   []int64
@@ -171,8 +172,10 @@ func (r *Region) pullOneLocked(now time.Time) (more bool, wait time.Duration) {
 		res := u.limit.ReserveN(now, int(run.N)*pageSize)
 		if d := res.DelayFrom(now); d > 0 {
 			res.CancelAt(now)
+			u.seq = min(u.seq, run.Page) // it was not asked for yet
 			return false, d
 		}
+		u.seq = min(u.seq, run.End())
 	}
 	r.launchLocked(r.table.Claim(run.Page, run.N, false), class)
 	return true, 0
@@ -311,7 +314,7 @@ func (r *Region) Pull(ctx context.Context) error {
 	var down time.Time
 	for {
 		select {
-		case <-r.done:
+		case <-r.Done():
 			return nil
 		case <-ctx.Done():
 			return context.Cause(ctx)

@@ -53,6 +53,24 @@ func (r *Region) ReadAt(p []byte, off int64) (int, error) {
 
 // ReadAtContext is ReadAt that stops waiting for the remote when ctx is done.
 func (r *Region) ReadAtContext(ctx context.Context, p []byte, off int64) (int, error) {
+	for {
+		drops := r.drops.Load()
+		n, err := r.readAt(ctx, p, off)
+		if !errors.Is(err, errLocalRead) {
+			return n, err
+		}
+		// It may have been invalidated since it was found to be here.
+		if r.drops.Load() == drops {
+			r.noteError(ErrorLocal, err)
+			return n, err
+		}
+	}
+}
+
+// errLocalRead marks errors of reads of the local copy.
+var errLocalRead = errors.New("read local copy")
+
+func (r *Region) readAt(ctx context.Context, p []byte, off int64) (int, error) {
 	if r.closed.Load() {
 		return 0, memferry.ErrClosed
 	}
@@ -94,9 +112,7 @@ func (r *Region) readLocal(p []byte, off int64) (int, error) {
 	if r.closed.Load() {
 		return n, memferry.ErrClosed
 	}
-	err = fmt.Errorf("read local copy: %w", err)
-	r.noteError(ErrorLocal, err)
-	return n, err
+	return n, fmt.Errorf("%w: %w", errLocalRead, err)
 }
 
 // readSlow reads where something is absent.

@@ -50,7 +50,8 @@ type Region struct {
 
 	table    *chunk.Table  // guarded by mu, but for Resident, NextAbsent and NextPresent
 	complete atomic.Bool   // all pages are present: reads need not ask the table
-	done     chan struct{} // closed with it
+	done     chan struct{} // closed with it, and replaced when it ends; guarded by mu
+	drops    atomic.Int64  // moves when pages are about to become absent, and when they have
 	closed   atomic.Bool
 
 	ctx    context.Context // of everything that talks to the remote
@@ -79,6 +80,7 @@ type Region struct {
 	up      bool  // the remote answered last time
 	changed error // sticky, see generation.go
 	full    localFull
+	inval   invalidator
 }
 
 // localFull remembers that the local medium had no room.
@@ -141,6 +143,7 @@ func open(ctx context.Context, remote, local memferry.Backend, o Options) (*Regi
 		return nil, fmt.Errorf("the cache holds %d bytes of writes to push: mount it once without --read-only: %w",
 			r.bytes(c.Dirty), memferry.ErrReadOnly)
 	}
+	r.inval.dropper, _ = local.(Dropper)
 	r.initPull()
 	r.initPush()
 	r.ctx, r.cancel = context.WithCancelCause(context.Background())
@@ -155,6 +158,7 @@ func (r *Region) start() {
 	r.mu.Unlock()
 	r.spawn(r.pullLoop)
 	if r.o.Pull != PullNone && r.remote.can.Extenter != nil && !r.complete.Load() {
+		r.pull.mapping = true
 		r.spawn(r.mapLoop)
 	}
 	if !r.o.ReadOnly {
@@ -309,8 +313,12 @@ func (r *Region) LocalFile() *os.File {
 // Complete reports whether everything is local.
 func (r *Region) Complete() bool { return r.complete.Load() }
 
-// Done is closed once everything is local.
-func (r *Region) Done() <-chan struct{} { return r.done }
+// Done is closed once everything is local. Another one is after Invalidate.
+func (r *Region) Done() <-chan struct{} {
+	r.mu.Lock()
+	defer r.mu.Unlock()
+	return r.done
+}
 
 // noteComplete notices that everything is local.
 func (r *Region) noteComplete() {

@@ -154,11 +154,15 @@ func (r *Region) beginWrite(w *wait, off, n int64) error {
 				return err
 			}
 		}
-		// Presence only grows, so that what was ensured still holds.
 		r.mu.Lock()
 		if r.closed.Load() {
 			r.mu.Unlock()
 			return memferry.ErrClosed
+		}
+		// What was ensured still holds, unless it was invalidated.
+		if headPartial && !r.table.Resident(page, 1) || tailPartial && !r.table.Resident(page+pages-1, 1) {
+			r.mu.Unlock()
+			continue
 		}
 		busy := r.table.BeginWrite(page, pages)
 		if busy < 0 {

@@ -42,6 +42,8 @@ type Device struct {
 
 	// ended is closed once nothing is mounted or served any more.
 	ended chan struct{}
+	// unwatch ends what watchInvalidate began.
+	unwatch func()
 
 	mu     sync.Mutex // serializes Close, Detach and Abort; held across I/O
 	synced error      // what the last flush came to
@@ -97,6 +99,7 @@ func mount(b memferry.Backend, caps memferry.Capabilities, t target, o Options) 
 		d.path = filepath.Join(t.path, o.Name)
 	}
 	fs.gone = func() bool { return !d.mounted() }
+	d.unwatch = fs.watchInvalidate(b)
 	go d.serve(server)
 	if err := d.start(&a, o); err != nil {
 		a.hide()  //nolint:errcheck // the first error is returned
@@ -146,6 +149,7 @@ func serverOptions(fs *fileSystem, o Options) *gofuse.MountOptions {
 // then removes what is left.
 func (d *Device) serve(server *gofuse.Server) {
 	server.Serve()
+	d.unwatch()
 	d.fs.giveUp()
 	d.fs.repairs.Wait()
 	if d.mounted() { // aborted, not unmounted

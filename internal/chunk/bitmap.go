@@ -39,10 +39,19 @@ type bitmap struct {
 	count  int64
 	blocks []atomic.Pointer[block]
 	spare  *block // last block that was given up, all clear
+	// shared bitmaps are read beside changes: a block that was given up may
+	// still be looked at, and must not turn into another one.
+	shared bool
 }
 
 func newBitmap(pages int64) *bitmap {
 	return &bitmap{pages: pages, blocks: make([]atomic.Pointer[block], (pages+blockPages-1)/blockPages)}
+}
+
+func newSharedBitmap(pages int64) *bitmap {
+	m := newBitmap(pages)
+	m.shared = true
+	return m
 }
 
 // valid returns how many pages block i has; fewer than blockPages at the end.
@@ -126,6 +135,9 @@ func (m *bitmap) settle(i int64, b *block) {
 	switch b.ones {
 	case 0:
 		m.blocks[i].Store(nil)
+		if m.shared {
+			return
+		}
 		// Bits past the end may be left over from a full block.
 		for j := range b.words {
 			b.words[j].Store(0)

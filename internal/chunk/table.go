@@ -60,7 +60,8 @@ func (s State) String() string {
 //	                                           ^  EndPush(fail)     |
 //	                                           +--------------------+
 //
-// Presence only grows. Except for Resident and Complete, which anyone may call
+// Presence shrinks by a drop alone, which takes present pages that are neither
+// dirty nor on their way back to absent; see BeginDrop. Except for Resident and Complete, which anyone may call
 // at any time, calls need mutual exclusion; a page's bytes are moved outside
 // of it, between the call that announces it (Land, BeginWrite, BeginPush,
 // BeginZero) and the one that ends it.
@@ -72,7 +73,8 @@ func (s State) String() string {
 //   - a page is fetching if and only if some live Fetch wants it and it is
 //     none of those;
 //   - pushing is set by one push at a time;
-//   - committing pages are present, not dirty, and not being written.
+//   - committing pages are present, not dirty, and not being written;
+//   - nothing lands in, is written to or fetched for pages that are dropped.
 type Table struct {
 	pages      int64
 	persistent bool
@@ -93,6 +95,7 @@ type Table struct {
 	free    []*slot
 	zeroing []Run // being settled as zero, see BeginZero
 	zeros   int64 // pages in zeroing
+	drop    drop
 
 	fetching, landing, writing, pushing int64 // pages, over all slots
 }
@@ -170,7 +173,7 @@ func (f *Fetch) drop(w int64, k uint64) {
 func New(pages int64, persistent bool) *Table {
 	t := &Table{
 		pages: pages, persistent: persistent,
-		present: newBitmap(pages), dirty: newBitmap(pages), unsynced: newBitmap(pages),
+		present: newSharedBitmap(pages), dirty: newBitmap(pages), unsynced: newBitmap(pages),
 		slots: make(map[int64]*slot),
 	}
 	if persistent {
@@ -294,16 +297,6 @@ func (t *Table) refetch(w int64, s *slot) {
 	s.fetching = k
 }
 
-func (t *Table) zeroMask(w int64) uint64 {
-	var k uint64
-	for _, z := range t.zeroing {
-		if z.Page < (w+1)*wordPages && z.End() > w*wordPages {
-			k |= maskOf(w, z.Page, z.End())
-		}
-	}
-	return k
-}
-
 // idle returns which pages of mask k in word w are absent and at rest; with
 // dup, those that are fetching too.
 func (t *Table) idle(w int64, k uint64, dup bool) uint64 {
@@ -319,6 +312,9 @@ func (t *Table) idle(w int64, k uint64, dup bool) uint64 {
 	}
 	if len(t.zeroing) > 0 {
 		k &^= t.zeroMask(w)
+	}
+	if t.drop.run.N > 0 {
+		k &^= t.drop.mask(w)
 	}
 	return k
 }
@@ -456,50 +452,6 @@ func (t *Table) EndFetch(f *Fetch) {
 	})
 }
 
-// BeginZero picks the first run of idle absent pages in [page, page+n), which
-// the remote holds as zero. The caller makes the run zero in the local backend
-// and calls EndZero. However long it is, this costs no more than a look at the
-// pages in flight. The run's length is 0 if there is none.
-func (t *Table) BeginZero(page, n int64) Run {
-	to := page + n
-	r := t.NextIdle(page, to, 1)
-	if r.N == 0 {
-		return r
-	}
-	end := t.present.next(r.Page, to, true)
-	for w, s := range t.slots {
-		if w*wordPages >= end || (w+1)*wordPages <= r.Page {
-			continue
-		}
-		if k := (s.fetching | s.landing | s.writing) & maskOf(w, r.Page, end); k != 0 {
-			end = w*wordPages + int64(bits.TrailingZeros64(k))
-		}
-	}
-	for _, z := range t.zeroing {
-		if z.Page >= r.Page {
-			end = min(end, z.Page)
-		}
-	}
-	r.N = end - r.Page
-	t.zeroing = append(t.zeroing, r)
-	t.zeros += r.N
-	return r
-}
-
-// EndZero ends BeginZero: the run is present now, or absent if ok is false.
-func (t *Table) EndZero(r Run, ok bool) {
-	i := slices.Index(t.zeroing, r)
-	t.zeroing = slices.Delete(t.zeroing, i, i+1)
-	t.zeros -= r.N
-	if !ok {
-		return
-	}
-	t.present.setRange(r.Page, r.N)
-	if t.persistent {
-		t.pending.setRange(r.Page, r.N)
-	}
-}
-
 // BeginWrite announces a local write of whole pages, or of parts of present
 // ones. Absent pages in the range are claimed by it, out of every fetch. It
 // changes nothing and returns the first page that is in the way, or -1 when
@@ -536,6 +488,9 @@ func (t *Table) busy(page, n int64) int64 {
 		}
 		if t.persistent {
 			b |= t.committing.word(w)
+		}
+		if t.drop.touches(w) {
+			b = ^uint64(0)
 		}
 		if b &= k; b != 0 {
 			at = w*wordPages + int64(bits.TrailingZeros64(b))

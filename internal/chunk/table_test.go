@@ -33,6 +33,7 @@ type model struct {
 	writes  []modelWrite
 	pushes  []modelPush
 
+	drop    modelDrop
 	commit  int // 0 none, 1 begun, 2 decided
 	changes []Change
 }
@@ -117,7 +118,7 @@ func (m *model) actions() map[string]func(*rapid.T) {
 			for p := page; p < page+n; p++ {
 				st := m.t.State(p)
 				fetching = fetching || st == StateFetching
-				if st == StateAbsent {
+				if st == StateAbsent && m.drop.step == 0 {
 					t.Fatalf("page %d still absent after a claim", p)
 				}
 			}
@@ -183,7 +184,7 @@ func (m *model) actions() map[string]func(*rapid.T) {
 			page, n := m.span(t)
 			if busy := m.t.BeginWrite(page, n); busy >= 0 {
 				st := m.t.State(busy)
-				if st != StateLanding && st != StateWriting && m.commit != 2 {
+				if st != StateLanding && st != StateWriting && m.commit != 2 && m.drop.step == 0 {
 					t.Fatalf("page %d is %v and in the way", busy, st)
 				}
 				return
@@ -256,6 +257,7 @@ func (m *model) actions() map[string]func(*rapid.T) {
 			m.t.Synced(ok)
 		},
 		"commit": func(t *rapid.T) {
+			m.outsideDrop(t)
 			switch m.commit {
 			case 0:
 				m.t.BeginCommit()
@@ -310,6 +312,7 @@ func (m *model) settle(t *rapid.T) {
 		m.t.EndPush(p.r, false)
 	}
 	m.landing, m.fetches, m.zeroing, m.writes, m.pushes = nil, nil, nil, nil, nil
+	m.settleDrop(t)
 	if m.commit == 1 {
 		m.t.Commit()
 	}
@@ -347,7 +350,7 @@ func (m *model) settle(t *rapid.T) {
 func TestTableAgainstModel(t *testing.T) {
 	rapid.Check(t, func(t *rapid.T) {
 		m := newModel(rapid.Int64Range(1, 200).Draw(t, "pages"))
-		t.Repeat(m.actions())
+		t.Repeat(m.allActions())
 		m.settle(t)
 	})
 }
