@@ -125,7 +125,8 @@ type Client struct {
 	conns   []*clientConn // by slot; nil while down
 	changed chan struct{} // closed and replaced when conns changes
 	up      int
-	fatal   error // sticky: the export is no longer the same
+	down    atomic.Bool // up is 0; read without the mutex
+	fatal   error       // sticky: the export is no longer the same
 	lastErr error
 	lastAt  time.Time
 
@@ -326,6 +327,7 @@ func (c *Client) install(slot int, cc *clientConn) bool {
 	cc.instance = c.losses.enter(cc.info.instance)
 	c.conns[slot] = cc
 	c.up++
+	c.down.Store(false)
 	c.stats.made.Add(1)
 	c.broadcastLocked()
 	c.mu.Unlock()
@@ -341,6 +343,7 @@ func (c *Client) remove(slot int, cc *clientConn, err error) {
 	if c.conns[slot] == cc {
 		c.conns[slot] = nil
 		c.up--
+		c.down.Store(c.up == 0)
 	}
 	c.broadcastLocked()
 	c.mu.Unlock()

@@ -30,8 +30,10 @@ func (c *Client) do(ctx context.Context, k *call) error {
 	}
 	if k.deadline.IsZero() {
 		k.deadline = time.Now().Add(c.opt.IOTimeout)
+		k.timer.Reset(c.opt.IOTimeout)
+	} else {
+		k.timer.Reset(time.Until(k.deadline))
 	}
-	k.timer.Reset(time.Until(k.deadline))
 	defer k.timer.Stop()
 	select {
 	case slots <- struct{}{}:
@@ -43,7 +45,7 @@ func (c *Client) do(ctx context.Context, k *call) error {
 		return memferry.ErrClosed
 	}
 	k.slot = slots
-	if c.stats.inFlight.Add(1) == 1 {
+	if c.stats.inFlight.Add(1) == 1 && c.down.Load() {
 		c.wanted()
 	}
 	c.stats.requests.Add(1)
