@@ -61,12 +61,17 @@ func (e endpoint) read(ctx context.Context, p []byte, off int64) error {
 	return fmt.Errorf("read of %d bytes at %d ended after %d: %w", len(p), off, n, err)
 }
 
+// timedOut reports whether a remote did not answer in time.
+func timedOut(err error) bool {
+	return errors.Is(err, memferry.ErrTimeout) || errors.Is(err, context.DeadlineExceeded)
+}
+
 // transient reports whether an error of the remote is worth another attempt
 // until the deadline: the link failed, not the request.
 func transient(err error) bool {
 	var ne net.Error
-	if errors.As(err, &ne) || errors.Is(err, memferry.ErrTimeout) || errors.Is(err, io.EOF) ||
-		errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, context.DeadlineExceeded) || errors.Is(err, net.ErrClosed) {
+	if errors.As(err, &ne) || timedOut(err) || errors.Is(err, io.EOF) ||
+		errors.Is(err, io.ErrUnexpectedEOF) || errors.Is(err, net.ErrClosed) {
 		return true
 	}
 	var no syscall.Errno

@@ -137,7 +137,11 @@ func (r *Region) pushRound() {
 
 	err := r.beginPushGeneration()
 	if err == nil {
-		err = errors.Join(r.sendDirty(), r.syncRemote())
+		// What was accepted before a failure is synced; but a remote that does
+		// not answer is not asked to.
+		if err = r.sendDirty(); !timedOut(err) {
+			err = errors.Join(err, r.syncRemote())
+		}
 	}
 	r.mu.Lock()
 	defer r.mu.Unlock()
@@ -354,6 +358,7 @@ func (r *Region) pushAll(ctx context.Context) error {
 	var since time.Time // of the first failure
 	var last error
 	for failures := 0; ; {
+		began := time.Now()
 		done, err := r.awaitRound(ctx)
 		if err == nil {
 			return nil
@@ -370,6 +375,9 @@ func (r *Region) pushAll(ctx context.Context) error {
 		}
 		if since.IsZero() {
 			since = time.Now()
+			if timedOut(err) { // it has not answered since then, or for IOTimeout
+				since = began
+			}
 		}
 		if time.Since(since) >= r.o.IOTimeout {
 			return err
