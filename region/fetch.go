@@ -36,6 +36,7 @@ func (r *Region) launchLocked(claim *chunk.Fetch, class memferry.Class) *request
 	claim.Owner = q
 	if class == memferry.ClassDemand {
 		r.count.demandReads++
+		r.demands++
 	} else {
 		q.ahead = r.pull.pace.inFlight
 		q.due, _ = r.pull.pace.due(q.sent, q.n)
@@ -63,7 +64,9 @@ func (r *Region) fetch(q *request) {
 		err = fmt.Errorf("fetch %d bytes at %d: the remote left out %d pages", q.n, q.off, left)
 	}
 	r.table.EndFetch(q.claim)
-	if q.class != memferry.ClassDemand {
+	if q.class == memferry.ClassDemand {
+		r.demands--
+	} else {
 		r.pull.pace.end(&q.flight)
 		r.pull.requests--
 	}

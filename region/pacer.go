@@ -21,6 +21,10 @@ const (
 	cycleRounds = 8 // one of which probes, and one drains
 	queueSlack  = 4 * time.Millisecond
 
+	// yieldRTT is up to where the pull yields to whoever waits: on a longer
+	// link what is queued beyond its capacity is little beside the round trip.
+	yieldRTT = 5 * time.Millisecond
+
 	// What keeps a link without delay busy between wake-ups: bytes, but no
 	// longer than this on the wire.
 	pacerQuantum     = 512 << 10
@@ -77,6 +81,20 @@ func (p *pacer) room(n int64) bool {
 	}
 	p.limited = true
 	return false
+}
+
+// yields reports whether n bytes more should wait because somebody waits for
+// something else: they would only queue, and on a short link the slack that
+// keeps it busy takes longer than its round trip. What the link holds stays in
+// flight, so that it is used all the same.
+//
+// A round in which this was so is not limited: its lower rate tells nothing of
+// the link, and taken for its capacity would make the next one lower still.
+func (p *pacer) yields(n int64) bool {
+	if p.rtt == 0 || p.rtt > yieldRTT || p.inFlight == 0 || p.rate() == 0 {
+		return false
+	}
+	return p.inFlight+n > max(p.floor, int64(p.bdp()))
 }
 
 func (p *pacer) send(now time.Time, n int64) flight {

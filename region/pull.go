@@ -160,7 +160,7 @@ func (r *Region) pullOneLocked(now time.Time) (more bool, wait time.Duration) {
 		return false, 0 // one request tells whether it is back
 	}
 	limit := requestBytes(u.pace, r.o.ChunkSize) / pageSize
-	if !u.pace.room(limit * pageSize) {
+	if r.demands > 0 && u.pace.yields(limit*pageSize) || !u.pace.room(limit*pageSize) {
 		return false, 0
 	}
 	run, class := r.nextPullLocked(limit)

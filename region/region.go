@@ -77,6 +77,7 @@ type Region struct {
 	push    pusher
 	gen     generation
 	errs    [numErrorKinds]errorCount
+	demands int   // requests of memferry.ClassDemand under way
 	up      bool  // the remote answered last time
 	changed error // sticky, see generation.go
 	full    localFull
