@@ -34,7 +34,7 @@ const (
 
 // message is what owner and helper say to each other. The owner begins with the
 // version of the Protocol, a URL and Options; the helper opens it and tells its
-// own version and the Size. The owner makes the
+// own version, the Size, and whether it is ReadOnly. The owner makes the
 // memory and sends Base, Size and Features, with the descriptors of the
 // userfaultfd, the memory and its states; the helper answers once it serves.
 // Then each request has an ID, under which it is answered.

@@ -21,6 +21,13 @@
 // as well. The same holds for every source that runs in this process, however
 // it is reached: a memory served by a helper from a server in this process, too.
 //
+// # Writes
+//
+// What is written is found by the kernel's asynchronous write-protection, and
+// handed to the source by [Memory.Sync] and [Memory.Close]. A kernel without it
+// (before 6.7) would lose all of it, so opening memory to be written to fails
+// there.
+//
 // # Failures
 //
 // A page that can't be fetched within Options.IOTimeout is poisoned: an access

@@ -68,7 +68,7 @@ func help(fd int, open func(ctx context.Context, url string) (memferry.Backend, 
 	if err != nil {
 		return c.send(&message{Protocol: protocol, Error: encodeError(err)})
 	}
-	if err := c.send(&message{Protocol: protocol, Size: source.Size()}); err != nil {
+	if err := c.send(&message{Protocol: protocol, Size: source.Size(), ReadOnly: memferry.CapabilitiesOf(source).ReadOnly}); err != nil {
 		return errors.Join(err, source.Close())
 	}
 	h := &helper{conn: c}

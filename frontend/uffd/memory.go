@@ -39,7 +39,8 @@ type Memory struct {
 	fd    *uffd.FD
 
 	engine  engine
-	tracker *tracker // nil where writes are not tracked
+	tracks  bool     // writes are to be tracked
+	tracker *tracker // nil where they are not
 
 	gate      gate.Gate
 	closeOnce sync.Once
@@ -63,10 +64,11 @@ type engine interface {
 // package's section on deadlocks. It takes ownership of source, which Close
 // closes, or Open itself when it fails.
 //
-// It needs Linux 5.14; where something is missing, the error is
-// memferry.ErrNotSupported.
+// It needs Linux 5.14, and 6.7 where what is written has to reach the source:
+// with neither Options.ReadOnly nor a source that is read-only. Where something
+// is missing, the error is memferry.ErrNotSupported.
 func Open(ctx context.Context, source memferry.Backend, o Options) (*Memory, error) {
-	m, f, err := open(o, source.Size())
+	m, f, err := open(o, source.Size(), memferry.CapabilitiesOf(source).ReadOnly)
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("uffd: %w", err), source.Close())
 	}
@@ -95,8 +97,9 @@ func (f files) close() {
 	}
 }
 
-// open makes the memory, with nobody serving it.
-func open(o Options, n int64) (*Memory, files, error) {
+// open makes the memory, with nobody serving it. Of a source that refuses
+// writes, what is written stays here.
+func open(o Options, n int64, refuses bool) (*Memory, files, error) {
 	var f files
 	if err := o.validate(); err != nil {
 		return nil, f, err
@@ -105,6 +108,12 @@ func open(o Options, n int64) (*Memory, files, error) {
 		return nil, f, fmt.Errorf("source of %s can't be memory: %w", size.Format(n), memferry.ErrOutOfRange)
 	}
 	m := &Memory{size: n, o: o}
+	err := canTrack()
+	m.tracks = err == nil && !o.ReadOnly
+	if err != nil && !o.ReadOnly && !refuses {
+		// Nobody would ever know what was written, and it would be lost.
+		return nil, f, fmt.Errorf("writes to the memory can't be found: %w; open it with Options.ReadOnly", err)
+	}
 	if err := m.build(&f); err != nil {
 		f.close()
 		return nil, f, errors.Join(err, m.release())
@@ -113,7 +122,7 @@ func open(o Options, n int64) (*Memory, files, error) {
 }
 
 func (m *Memory) build(f *files) error {
-	features, err := choose(m.o.ReadOnly)
+	features, err := choose(m.tracks)
 	if err != nil {
 		return err
 	}
@@ -159,7 +168,7 @@ func (m *Memory) register(f files, features uffd.Feature, n int64) (err error) {
 }
 
 // choose returns the features to open with.
-func choose(readOnly bool) (uffd.Feature, error) {
+func choose(track bool) (uffd.Feature, error) {
 	if n := os.Getpagesize(); n != pageSize {
 		return 0, fmt.Errorf("pages of %s: %w", size.Format(int64(n)), memferry.ErrNotSupported)
 	}
@@ -171,10 +180,18 @@ func choose(readOnly bool) (uffd.Feature, error) {
 		return 0, err
 	}
 	features := needed | have&wanted
-	if !readOnly && have&tracking == tracking && uffd.HaveScan() == nil {
+	if track {
 		features |= tracking
 	}
 	return features, nil
+}
+
+// canTrack tells why writes can't be tracked, if so.
+var canTrack = func() error {
+	if err := uffd.Have(tracking); err != nil {
+		return err
+	}
+	return uffd.HaveScan()
 }
 
 // Size returns the size of the source.

@@ -76,7 +76,7 @@ func (r *remote) open(url string, o Options) (*Memory, error) {
 	if size.Protocol != protocol {
 		return nil, errProtocol(size.Protocol)
 	}
-	m, f, err := open(o, size.Size)
+	m, f, err := open(o, size.Size, size.ReadOnly)
 	if err != nil {
 		return nil, err
 	}

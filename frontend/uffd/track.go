@@ -1,7 +1,6 @@
 package uffd
 
 import (
-	"errors"
 	"fmt"
 	"math/bits"
 	"os"
@@ -134,7 +133,7 @@ func (m *Memory) Dirty() (Bitmap, error) {
 
 func (m *Memory) enterTracked(op string) error {
 	if m.tracker == nil {
-		err := errors.Join(uffd.Have(tracking), uffd.HaveScan())
+		err := canTrack()
 		if err == nil { // so it is read-only
 			err = memferry.ErrNotSupported
 		}

@@ -214,7 +214,7 @@ func checkTracking() finding {
 		err = uffd.HaveScan()
 	}
 	return checkMemory("userfaultfd write tracking", err, "writes to memory are found without stopping the writer",
-		"writes to memory don't reach its source")
+		"memory can't be written to")
 }
 
 func checkMemory(feature string, err error, with, without string) finding {
