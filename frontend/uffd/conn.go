@@ -20,7 +20,7 @@ const (
 	// maxRuns bounds the runs in one message, far below maxMessage.
 	maxRuns = 1024
 	// maxFDs bounds the descriptors with one.
-	maxFDs = 3
+	maxFDs = 4
 )
 
 // The operations that an owner asks for.
@@ -30,13 +30,20 @@ const (
 	opWrote = "wrote"
 	opSync  = "sync"
 	opClose = "close"
+	opDrop  = "drop" // Runs: bytes and their number
+
+	// The helper asks the owner this, which answers under the same ID with
+	// opZapped: Runs are the pages, and those of them that must stay.
+	opZap    = "zap"
+	opZapped = "zapped"
 )
 
 // message is what owner and helper say to each other. The owner begins with the
 // version of the Protocol, a URL and Options; the helper opens it and tells its
 // own version, the Size, and whether it is ReadOnly. The owner makes the
 // memory and sends Base, Size and Features, with the descriptors of the
-// userfaultfd, the memory and its states; the helper answers once it serves.
+// userfaultfd, the memory, its states, and where writes are tracked of the
+// owner's page tables; the helper answers once it serves.
 // Then each request has an ID, under which it is answered.
 type message struct {
 	Protocol int           `json:"protocol,omitempty"`
@@ -49,6 +56,7 @@ type message struct {
 	ID       uint64        `json:"id,omitempty"`
 	Op       string        `json:"op,omitempty"`
 	Runs     [][2]int64    `json:"runs,omitempty"` // pages and their numbers
+	Late     bool          `json:"late,omitempty"` // of opZapped: it could not be done in time
 	Stats    *region.Stats `json:"stats,omitempty"`
 	Error    *wireError    `json:"error,omitempty"`
 }

@@ -44,7 +44,9 @@
 // # Caveats
 //
 // Nobody may touch the bytes once Close was called. The range must not be
-// moved (mremap), and MADV_REMOVE on it loses what it removes. A child made by
+// moved (mremap), and MADV_REMOVE on it loses what it removes. Writes of devices
+// into pinned pages (O_DIRECT reads, io_uring's fixed buffers) are not found, and
+// must not be under way when Invalidate drops the pages. A child made by
 // fork shares the memory, but its faults are not served: touch the pages before.
 // Memory of a process without privileges (see userfaultfd(2), USER_MODE_ONLY)
 // can't be given to system calls before it has been touched: they fail with

@@ -86,6 +86,58 @@ type helper struct {
 	conn  *conn
 	local *local
 	wg    sync.WaitGroup
+
+	mu   sync.Mutex
+	asks map[uint64]chan *message // of zap
+	next uint64
+}
+
+// zap asks the owner to take pages out of its page tables.
+func (h *helper) zap(ctx context.Context, page, n int64) ([]region.Run, error) {
+	c := make(chan *message, 1)
+	h.mu.Lock()
+	h.next++
+	id := h.next
+	if h.asks == nil {
+		h.asks = make(map[uint64]chan *message)
+	}
+	h.asks[id] = c
+	h.mu.Unlock()
+	defer func() {
+		h.mu.Lock()
+		defer h.mu.Unlock()
+		delete(h.asks, id)
+	}()
+	if err := h.conn.send(&message{ID: id, Op: opZap, Runs: [][2]int64{{page, n}}}); err != nil {
+		return nil, err
+	}
+	t := time.NewTimer(zapPatience)
+	defer t.Stop()
+	select {
+	case a := <-c:
+		if a.Late {
+			return nil, errZapLate
+		}
+		var kept []region.Run
+		for _, r := range a.Runs {
+			kept = append(kept, region.Run{Page: r[0], N: r[1]})
+		}
+		return kept, a.Error.decode()
+	case <-t.C:
+		return nil, errZapLate
+	case <-ctx.Done():
+		return nil, context.Cause(ctx)
+	}
+}
+
+// zapped passes on the owner's answer, unless it comes too late.
+func (h *helper) zapped(m *message) {
+	h.mu.Lock()
+	defer h.mu.Unlock()
+	if c := h.asks[m.ID]; c != nil {
+		c <- m // there is room for one, and there is but one answer
+		delete(h.asks, m.ID)
+	}
 }
 
 // begin takes over the memory that the owner has made for the source.
@@ -99,6 +151,7 @@ func (h *helper) begin(source memferry.Backend, o Options) error {
 	if err != nil {
 		return errors.Join(err, source.Close())
 	}
+	land.zap = h.zap
 	h.local, err = newLocal(context.Background(), source, land, o)
 	return err
 }
@@ -106,7 +159,7 @@ func (h *helper) begin(source memferry.Backend, o Options) error {
 // adopt maps what the owner sent. The mappings and the descriptor stay until
 // the process ends.
 func adopt(fds []int, m message) (*landing, error) {
-	if len(fds) != 3 || m.Size <= 0 {
+	if len(fds) < 3 || m.Size <= 0 {
 		closeAll(fds)
 		return nil, fmt.Errorf("the owner sent %d descriptors for %d bytes", len(fds), m.Size)
 	}
@@ -114,6 +167,10 @@ func adopt(fds []int, m message) (*landing, error) {
 	if err != nil {
 		closeAll(fds)
 		return nil, err
+	}
+	var tables *uffd.Scanner
+	if len(fds) > 3 {
+		tables = uffd.ScannerFromFD(fds[3])
 	}
 	f := files{data: os.NewFile(uintptr(fds[1]), "memory"), state: os.NewFile(uintptr(fds[2]), "state")}
 	defer f.close()
@@ -125,7 +182,9 @@ func adopt(fds []int, m message) (*landing, error) {
 	if err != nil {
 		return nil, err
 	}
-	return newLanding(fd, uintptr(m.Base), data.data, state.data, m.Size), nil
+	l := newLanding(fd, uintptr(m.Base), data.data, state.data, m.Size)
+	l.tables = tables
+	return l, nil
 }
 
 // run answers requests until the owner has asked for the end, or is gone.
@@ -138,6 +197,10 @@ func (h *helper) run() error {
 			// The owner is gone. What it had handed over is still pushed.
 			cancel()
 			return h.local.close()
+		}
+		if m.Op == opZapped {
+			h.zapped(&m)
+			continue
 		}
 		if m.Op == opClose {
 			cancel()
@@ -170,6 +233,11 @@ func (h *helper) answer(ctx context.Context, m *message) *message {
 			}
 		}
 		return &message{}
+	case opDrop:
+		if len(m.Runs) != 1 {
+			return &message{Error: encodeError(fmt.Errorf("%d ranges to drop", len(m.Runs)))}
+		}
+		return &message{Error: encodeError(h.local.invalidate(ctx, m.Runs[0][0], m.Runs[0][1]))}
 	case opSync:
 		return &message{Error: encodeError(h.local.region.Sync())}
 	}

@@ -1,6 +1,7 @@
 package uffd
 
 import (
+	"context"
 	"errors"
 	"fmt"
 	"sync"
@@ -11,9 +12,10 @@ import (
 
 	"github.com/memferry/memferry"
 	"github.com/memferry/memferry/internal/sys/uffd"
+	"github.com/memferry/memferry/region"
 )
 
-// pageState is what a landing knows of a page. It only ever grows.
+// pageState is what a landing knows of a page. It grows, until Drop.
 type pageState = uint32
 
 const (
@@ -38,6 +40,25 @@ type landing struct {
 	// state is in memory that outlives the process that serves: whoever comes
 	// after it knows what has landed.
 	state []atomic.Uint32
+	// zap has the owner take pages out of its page tables, and tell which of them
+	// must stay; nil where they all must.
+	zap func(ctx context.Context, page, n int64) ([]region.Run, error)
+	// tables are the owner's page tables; nil where writes aren't tracked.
+	tables *uffd.Scanner
+}
+
+// wasProtected tells whether a page that isn't mapped was not written to before
+// it went.
+func (l *landing) wasProtected(page int64) uffd.Flags {
+	if l.tables == nil {
+		return 0
+	}
+	var f uffd.Flags
+	err := l.tables.Protected(l.addr(page), l.addr(page+1), func(uffd.Run) error { f = l.protect; return nil })
+	if err != nil {
+		return 0 // so it counts as written
+	}
+	return f
 }
 
 // stateSize returns how much memory the states of n bytes take.
@@ -45,11 +66,15 @@ func stateSize(n int64) int64 { return roundUp(roundUp(n) / pageSize * 4) }
 
 func newLanding(fd *uffd.FD, base uintptr, fill, state []byte, size int64) *landing {
 	l := &landing{fd: fd, base: base, fill: fill, size: size}
-	l.state = unsafe.Slice((*atomic.Uint32)(unsafe.Pointer(unsafe.SliceData(state))), len(fill)/pageSize)
+	l.state = states(state, int64(len(fill))/pageSize)
 	if fd.Features()&uffd.FeatureWPAsync != 0 {
 		l.protect = uffd.Protect
 	}
 	return l
+}
+
+func states(p []byte, pages int64) []atomic.Uint32 {
+	return unsafe.Slice((*atomic.Uint32)(unsafe.Pointer(unsafe.SliceData(p))), pages)
 }
 
 func (l *landing) Size() int64  { return l.size }
@@ -238,11 +263,12 @@ func (l *landing) heal(p []byte, page, end int64) error {
 		n := copy(b[:], p)
 		p = p[n:]
 		clear(b[n:])
+		l.state[page].Store(pageLanded) // before it can be written to: see tracker.note
 		_, err := l.fd.Copy(l.addr(page), b[:], l.protect)
 		if err != nil && !errors.Is(err, unix.EEXIST) {
+			l.state[page].Store(pagePoisoned)
 			return err
 		}
-		l.state[page].Store(pageLanded)
 	}
 	return nil
 }

@@ -42,6 +42,11 @@ type Memory struct {
 	tracks  bool     // writes are to be tracked
 	tracker *tracker // nil where they are not
 
+	syncing sync.Mutex      // held while writes are being handed over, or pages dropped
+	moving  sync.RWMutex    // held by who copies bytes that must not be dropped meanwhile
+	drops   atomic.Int64    // how often pages were dropped; changes under moving
+	states  []atomic.Uint32 // of the pages; see landing
+
 	gate      gate.Gate
 	closeOnce sync.Once
 	closeErr  error
@@ -53,6 +58,8 @@ type engine interface {
 	pull(ctx context.Context) error
 	// sync hands written pages to the source.
 	sync(b Bitmap) error
+	// invalidate drops pages, nothing of which is to be handed over.
+	invalidate(ctx context.Context, off, n int64) error
 	stats() (region.Stats, error)
 	// readOnly reports whether the source refuses writes.
 	readOnly() bool
@@ -73,7 +80,9 @@ func Open(ctx context.Context, source memferry.Backend, o Options) (*Memory, err
 		return nil, errors.Join(fmt.Errorf("uffd: %w", err), source.Close())
 	}
 	f.close()
-	l, err := newLocal(ctx, source, m.landing(), m.o) // which closes the source if it fails
+	land := m.landing()
+	land.zap = m.zap
+	l, err := newLocal(ctx, source, land, m.o) // which closes the source if it fails
 	if err != nil {
 		return nil, errors.Join(fmt.Errorf("uffd: %w", err), m.release())
 	}
@@ -83,7 +92,11 @@ func Open(ctx context.Context, source memferry.Backend, o Options) (*Memory, err
 
 // landing is for the server of the memory in this process.
 func (m *Memory) landing() *landing {
-	return newLanding(m.fd, address(m.app.data), m.plain.data, m.state.data, m.size)
+	l := newLanding(m.fd, address(m.app.data), m.plain.data, m.state.data, m.size)
+	if m.tracker != nil {
+		l.tables = m.tracker.scanner
+	}
+	return l
 }
 
 // files are what a helper needs to serve a memory.
@@ -142,6 +155,7 @@ func (m *Memory) build(f *files) error {
 	if m.state, err = mapFile(f.state, stateSize(m.size), unix.PROT_READ|unix.PROT_WRITE); err != nil {
 		return err
 	}
+	m.states = states(m.state.data, n/pageSize)
 	return m.register(*f, features, n)
 }
 
@@ -162,7 +176,7 @@ func (m *Memory) register(f files, features uffd.Feature, n int64) (err error) {
 		return err
 	}
 	if mode&uffd.ModeWP != 0 {
-		m.tracker, err = newTracker(m.app.data)
+		m.tracker, err = newTracker(m.app.data, m.states)
 	}
 	return err
 }
@@ -270,11 +284,11 @@ func (m *Memory) ReadAt(p []byte, off int64) (int, error) {
 		return 0, fmt.Errorf("uffd: read: %w", memferry.ErrClosed)
 	}
 	defer m.gate.Leave()
-	if err := m.populate(off, int64(n), unix.MADV_POPULATE_READ); err != nil {
+	// The other mapping has no faults that anybody would have to serve.
+	err := m.move(off, int64(n), unix.MADV_POPULATE_READ, func() { copy(p[:n], m.plain.data[off:]) })
+	if err != nil {
 		return 0, err
 	}
-	// The other mapping has no faults that anybody would have to serve.
-	copy(p[:n], m.plain.data[off:])
 	return n, eof
 }
 
@@ -290,15 +304,35 @@ func (m *Memory) WriteAt(p []byte, off int64) (int, error) {
 		return 0, fmt.Errorf("uffd: write: %w", memferry.ErrClosed)
 	}
 	defer m.gate.Leave()
-	if err := m.populate(off, int64(len(p)), unix.MADV_POPULATE_WRITE); err != nil {
+	// In the application's mapping, where writes are seen.
+	err := m.move(off, int64(len(p)), unix.MADV_POPULATE_WRITE, func() { copy(m.app.data[off:], p) })
+	if err != nil {
 		return 0, err
 	}
-	// In the application's mapping, where writes are seen.
-	return copy(m.app.data[off:], p), nil
+	return len(p), nil
+}
+
+// move has bytes copied that are present and not dropped meanwhile.
+func (m *Memory) move(off, n int64, advice int, move func()) error {
+	for {
+		drops := m.drops.Load()
+		if err := m.populate(off, n, advice); err != nil {
+			return err
+		}
+		m.moving.RLock()
+		same := m.drops.Load() == drops
+		if same {
+			move()
+		}
+		m.moving.RUnlock()
+		if same {
+			return nil
+		}
+	}
 }
 
 // Wait waits until everything is here, and makes it come if Options.Pull does
-// not. From then on the bytes can be used without restraint, but for pages of
+// not. From then on, unless Invalidate drops some of them again, the bytes can be used without restraint, but for pages of
 // zeroes, which Populate makes.
 func (m *Memory) Wait(ctx context.Context) error {
 	if !m.gate.Enter() {

@@ -83,12 +83,16 @@ func (r *remote) open(url string, o Options) (*Memory, error) {
 	defer f.close()
 	var ready message
 	memory := &message{Base: uint64(address(m.app.data)), Size: m.size, Features: uint64(m.fd.Features())}
-	if err := r.exchange(memory, &ready, m.fd.Fd(), int(f.data.Fd()), int(f.state.Fd())); err != nil {
+	fds := []int{m.fd.Fd(), int(f.data.Fd()), int(f.state.Fd())}
+	if m.tracker != nil {
+		fds = append(fds, m.tracker.scanner.Fd())
+	}
+	if err := r.exchange(memory, &ready, fds...); err != nil {
 		return nil, errors.Join(err, m.release())
 	}
 	r.refuses = ready.ReadOnly
 	m.engine = r
-	go r.receive(m.landing(), o)
+	go r.receive(m, o)
 	return m, nil
 }
 
@@ -108,7 +112,7 @@ func (r *remote) exchange(m, answer *message, fds ...int) error {
 
 // receive passes answers on until the helper is gone. Then, unless that was
 // asked for, it puts something in the helper's place that lets no fault hang.
-func (r *remote) receive(land *landing, o Options) {
+func (r *remote) receive(memory *Memory, o Options) {
 	defer close(r.ended)
 	for {
 		m := new(message)
@@ -116,6 +120,12 @@ func (r *remote) receive(land *landing, o Options) {
 		closeAll(fds)
 		if err != nil {
 			break
+		}
+		if m.Op == opZap {
+			if r.zap(memory, m) != nil {
+				break
+			}
+			continue
 		}
 		r.mu.Lock()
 		if c := r.calls[m.ID]; c != nil {
@@ -134,10 +144,29 @@ func (r *remote) receive(land *landing, o Options) {
 	if closing {
 		return
 	}
+	land := memory.landing()
 	r.dead, r.deadErr = newLocal(context.Background(), nil, land, o)
 	if err := land.fd.Wake(land.base, uintptr(len(land.fill))); err != nil {
 		r.deadErr = errors.Join(r.deadErr, err)
 	}
+}
+
+// zap does what the helper asks for. Nothing else is received meanwhile: it
+// takes zapPatience at most.
+func (r *remote) zap(memory *Memory, m *message) error {
+	answer := &message{ID: m.ID, Op: opZapped}
+	var err error
+	for _, run := range m.Runs {
+		var kept []region.Run
+		if err = memferry.CheckRange("zap", run[0], run[1], int64(len(memory.states))); err == nil {
+			kept, err = memory.zap(context.Background(), run[0], run[1])
+		}
+		for _, k := range kept {
+			answer.Runs = append(answer.Runs, [2]int64{k.Page, k.N})
+		}
+	}
+	answer.Late, answer.Error = errors.Is(err, errZapLate), encodeError(err)
+	return r.conn.send(answer)
 }
 
 // call asks the helper for something.
@@ -188,6 +217,11 @@ func (r *remote) stats() (region.Stats, error) {
 		return region.Stats{}, fmt.Errorf("helper: no statistics: %w", memferry.ErrNotSupported)
 	}
 	return *a.Stats, nil
+}
+
+func (r *remote) invalidate(ctx context.Context, off, n int64) error {
+	_, err := r.call(ctx, &message{Op: opDrop, Runs: [][2]int64{{off, n}}})
+	return err
 }
 
 func (r *remote) readOnly() bool { return r.refuses }

@@ -19,6 +19,10 @@ import (
 // to fail.
 const retryPause = 100 * time.Millisecond
 
+// maxDropped bounds how often in a row a page may become absent again before
+// it is shown.
+const maxDropped = 1000
+
 // errNoSource is why pages can't arrive once the helper has died.
 var errNoSource = errors.New("the process that served the memory has died")
 
@@ -94,8 +98,12 @@ func gone(err error) bool {
 
 // serve makes one page present, or fail.
 func (s *server) serve(ctx context.Context, page int64) {
-	for ctx.Err() == nil {
+	for dropped := 0; ctx.Err() == nil; {
 		err := s.fetch(ctx, page)
+		if errors.Is(err, errDropped) && dropped < maxDropped {
+			dropped++
+			continue
+		}
 		if err == nil || gone(err) {
 			return
 		}
@@ -118,8 +126,10 @@ func (s *server) fetch(ctx context.Context, page int64) error {
 	case pageLanded: // unmapped since, or reported before it was mapped
 		mu := s.land.lock(page * pageSize)
 		defer mu.Unlock()
-		// Not protected: nobody knows whether it was written to before.
-		return s.land.remap(page, page+1, 0)
+		if s.land.state[page].Load() != pageLanded {
+			return errDropped
+		}
+		return s.land.remap(page, page+1, s.land.wasProtected(page))
 	case pageZero:
 		return s.land.landZero(page)
 	}
@@ -136,5 +146,5 @@ func (s *server) fetch(ctx context.Context, page int64) error {
 	case pageZero:
 		return s.land.landZero(page)
 	}
-	return fmt.Errorf("the page at %d was read but could not be placed", page*pageSize)
+	return fmt.Errorf("the page at %d was read but is not there: %w", page*pageSize, errDropped)
 }

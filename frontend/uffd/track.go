@@ -5,6 +5,7 @@ import (
 	"math/bits"
 	"os"
 	"sync"
+	"sync/atomic"
 
 	"github.com/memferry/memferry"
 	"github.com/memferry/memferry/internal/sys/uffd"
@@ -63,18 +64,19 @@ func (b Bitmap) set(page, n int64) {
 type tracker struct {
 	scanner *uffd.Scanner
 	data    []byte
+	states  []atomic.Uint32 // of the pages; see landing
 
 	mu      sync.Mutex
 	dirty   Bitmap // not yet told to the application
 	unsaved Bitmap // not yet given to the region
 }
 
-func newTracker(data []byte) (*tracker, error) {
+func newTracker(data []byte, states []atomic.Uint32) (*tracker, error) {
 	s, err := uffd.OpenScanner(os.Getpid())
 	if err != nil {
 		return nil, err
 	}
-	t := &tracker{scanner: s, data: data}
+	t := &tracker{scanner: s, data: data, states: states}
 	t.dirty, t.unsaved = t.empty(), t.empty()
 	return t, nil
 }
@@ -87,20 +89,35 @@ func (t *tracker) empty() Bitmap { return make(Bitmap, (len(t.data)/pageSize+63)
 func (t *tracker) take(which *Bitmap) (Bitmap, error) {
 	t.mu.Lock()
 	defer t.mu.Unlock()
-	base := address(t.data)
-	err := t.scanner.Written(base, base+uintptr(len(t.data)), func(r uffd.Run) error {
-		page, n := int64(r.Start-uint64(base))/pageSize, int64(r.End-r.Start)/pageSize
-		t.dirty.set(page, n)
-		t.unsaved.set(page, n)
-		return nil
-	})
-	if err != nil {
+	if err := t.look(t.data, 0); err != nil {
 		return nil, err // what was seen stays noted
 	}
 	taken := *which
 	*which = t.empty()
 	return taken, nil
 }
+
+// look notes what was written to in p, which begins at a page.
+func (t *tracker) look(p []byte, page int64) error {
+	base := address(p)
+	return t.scanner.Written(base, base+uintptr(len(p)), func(r uffd.Run) error {
+		for a := r.Start; a < r.End; a += pageSize {
+			t.note(page + int64(a-uint64(base))/pageSize)
+		}
+		return nil
+	})
+}
+
+// note takes a page for written, unless it has not landed: poison looks to the
+// kernel as if it were.
+func (t *tracker) note(page int64) {
+	if t.landed(page) {
+		t.dirty.set(page, 1)
+		t.unsaved.set(page, 1)
+	}
+}
+
+func (t *tracker) landed(page int64) bool { return t.states[page].Load() == pageLanded }
 
 // putBack notes again what may not have reached the source.
 func (t *tracker) putBack(b Bitmap) {
@@ -159,13 +176,27 @@ func (m *Memory) Sync() error {
 		return err
 	}
 	defer m.gate.Leave()
+	m.syncing.Lock()
+	defer m.syncing.Unlock()
+	if err := m.handOver(true); err != nil {
+		return fmt.Errorf("uffd: sync: %w", err)
+	}
+	return nil
+}
+
+// handOver gives the source what was written, also if that is nothing. One at a
+// time may do it.
+func (m *Memory) handOver(nothing bool) error {
 	b, err := m.tracker.take(&m.tracker.unsaved)
 	if err != nil {
-		return fmt.Errorf("uffd: sync: %w", err)
+		return err
+	}
+	if !nothing && b.Count() == 0 {
+		return nil
 	}
 	if err := m.engine.sync(b); err != nil {
 		m.tracker.putBack(b) // whoever knew of it may be gone
-		return fmt.Errorf("uffd: sync: %w", err)
+		return err
 	}
 	return nil
 }

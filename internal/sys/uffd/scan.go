@@ -60,6 +60,13 @@ func OpenScanner(pid int) (*Scanner, error) {
 	return &Scanner{fd}, nil
 }
 
+// ScannerFromFD wraps a descriptor of another process's page tables, which it
+// has passed on, and takes ownership of it.
+func ScannerFromFD(fd int) *Scanner { return &Scanner{fd} }
+
+// Fd returns the descriptor, for passing it on.
+func (s *Scanner) Fd() int { return s.fd }
+
 // Close closes it.
 func (s *Scanner) Close() error {
 	if s.fd < 0 {
@@ -91,6 +98,20 @@ func (s *Scanner) Written(start, end uintptr, fn func(Run) error) error {
 		maskCategories:   uint64(PageWPAllowed | PageWritten),
 		anyOfCategories:  uint64(PagePresent | PageSwapped),
 		returnCategories: uint64(PageWritten),
+	}
+	return s.each(arg, start, end, vec[:], fn)
+}
+
+// Protected passes each run of pages in [start, end) to fn that are protected: so
+// they have not been written to. In shared memory the kernel remembers it of
+// pages that it has taken out of the page tables.
+func (s *Scanner) Protected(start, end uintptr, fn func(Run) error) error {
+	var vec [maxRuns]Run
+	arg := scanArg{
+		inverted:         uint64(PageWritten),
+		maskCategories:   uint64(PageWPAllowed | PageWritten),
+		anyOfCategories:  uint64(PagePresent | PageSwapped),
+		returnCategories: uint64(PagePresent),
 	}
 	return s.each(arg, start, end, vec[:], fn)
 }
