@@ -205,12 +205,18 @@ func helperPath() (string, error) {
 			return p, nil
 		}
 	}
-	return "", errors.New("mounting without root needs fusermount3: install the package fuse3, or run as root")
+	return "", fmt.Errorf("mounting without root needs fusermount3: %w; install the package fuse3, or run as root (CAP_SYS_ADMIN)", exec.ErrNotFound)
 }
 
+// deviceError explains why /dev/fuse can't be opened.
 func deviceError(err error) error {
-	if errors.Is(err, os.ErrNotExist) {
-		return fmt.Errorf("/dev/fuse: %w: load the kernel's fuse module, or give the container the device", err)
+	switch {
+	case errors.Is(err, os.ErrNotExist):
+		return fmt.Errorf("no /dev/fuse: %w; load the driver with `modprobe fuse`, or give the container the device (--device /dev/fuse)", err)
+	case errors.Is(err, unix.ENODEV), errors.Is(err, unix.ENXIO):
+		return fmt.Errorf("/dev/fuse has no driver: %w; load it with `modprobe fuse`", err)
+	case errors.Is(err, os.ErrPermission):
+		return fmt.Errorf("/dev/fuse: %w; let this user open it (`chmod 666 /dev/fuse` as root, as udev does), or give the container the device", err)
 	}
 	return fmt.Errorf("/dev/fuse: %w", err)
 }
@@ -244,9 +250,17 @@ func attachHelper(t target, o Options) (int, error) {
 	out, err := cmd.CombinedOutput()
 	theirs.Close() //nolint:errcheck // the helper's end
 	if err != nil {
-		return -1, fmt.Errorf("mount %s: %s: %w: %s", t.path, filepath.Base(helper), err, strings.TrimSpace(string(out)))
+		return -1, helperError(t, helper, err, string(out))
 	}
 	return receiveDescriptor(ours)
+}
+
+// helperError says why the helper could not mount, in its own words.
+func helperError(t target, helper string, err error, said string) error {
+	if said = strings.TrimSpace(said); said == "" {
+		said = filepath.Base(helper)
+	}
+	return fmt.Errorf("mount %s: %s: %w; run as root, or in a container give it /dev/fuse and CAP_SYS_ADMIN", t.path, said, err)
 }
 
 func receiveDescriptor(f *os.File) (int, error) {

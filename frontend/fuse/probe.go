@@ -30,19 +30,27 @@ func Probe() Features {
 	f.Direct = probeDirect()
 	f.Helper = probeHelper()
 	if f.Direct != nil && f.Helper != nil {
-		f.Mount = errors.Join(f.Direct, f.Helper)
+		f.Mount = f.Helper // which names root as well
 	}
 	f.Passthrough = probePassthrough(f.Direct)
 	return f
 }
 
-func probeDirect() error {
+// openDevice opens /dev/fuse and closes it again.
+func openDevice() error {
 	fd, err := openRetry("/dev/fuse", unix.O_RDWR|unix.O_CLOEXEC)
+	if err == nil {
+		err = unix.Close(fd)
+	}
 	if err != nil {
 		return deviceError(err)
 	}
-	if err := unix.Close(fd); err != nil {
-		return fmt.Errorf("/dev/fuse: %w", err)
+	return nil
+}
+
+func probeDirect() error {
+	if err := openDevice(); err != nil {
+		return err
 	}
 	if !mayMount() {
 		return fmt.Errorf("mounting directly needs root (CAP_SYS_ADMIN): %w", memferry.ErrNotSupported)
@@ -61,8 +69,9 @@ func mayMount() bool {
 }
 
 func probeHelper() error {
-	if _, err := os.Stat("/dev/fuse"); err != nil {
-		return deviceError(err)
+	// The helper is root, so that our own permissions do not matter.
+	if err := openDevice(); err != nil && !errors.Is(err, os.ErrPermission) {
+		return err
 	}
 	_, err := helperPath()
 	return err

@@ -77,6 +77,9 @@ func (a *app) openSession(ctx context.Context, rawURL, path string, o mountOptio
 	if err := a.checkApart(path, rawURL, o.cacheDir); err != nil {
 		return nil, err
 	}
+	if err := fuse.Probe().Mount; err != nil {
+		return nil, fmt.Errorf("%s can't be mounted: %w", path, err)
+	}
 	remote, err := a.open(ctx, rawURL, backend.Options{
 		ReadOnly:    o.readOnly,
 		IOTimeout:   o.region.IOTimeout,
