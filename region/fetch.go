@@ -106,10 +106,10 @@ func (r *Region) transfer(ctx context.Context, q *request, l *lander) error {
 	if s := r.remote.can.StreamReader; s != nil {
 		return s.ReadStream(ctx, q.off, q.n, l.piece)
 	}
-	b := getBuffer(min(maxFetch, q.n))
-	defer putBuffer(b)
+	b := r.buffers.get(min(maxFetch, q.n))
+	defer r.buffers.put(b)
 	for off, end := q.off, q.off+q.n; off < end; {
-		p := (*b)[:min(maxFetch, end-off)]
+		p := b.p[:min(maxFetch, end-off)]
 		if err := r.remote.read(ctx, p, off); err != nil {
 			return err
 		}

@@ -30,8 +30,9 @@ const (
 	minParts    = 4
 
 	// maxBuffered bounds the memory of background pulls from a remote that
-	// can't stream.
-	maxBuffered = 32 << 20
+	// can't stream, and of pushes from a local side that is no memory. With
+	// what a frontend holds it fits into the 64 MiB that a mount may take.
+	maxBuffered = 16 << 20
 
 	// priorityBatch bounds how many chunks are ranked at once. What is ranked
 	// lower waits for the next pass over the region.
@@ -66,8 +67,8 @@ type puller struct {
 
 func (r *Region) initPull() {
 	limit := int64(maxWindow)
-	if r.remote.can.StreamReader == nil {
-		limit = maxBuffered
+	if r.copiesPulls() {
+		limit = r.buffered()
 	}
 	r.pull = puller{
 		pace: newPacer(minWindow, limit), limit: limiter(r.o.Rate), wake: make(chan struct{}, 1),
@@ -76,6 +77,29 @@ func (r *Region) initPull() {
 	if r.remote.can.Extenter != nil && r.o.Pull != PullNone {
 		r.pull.mapped = 0
 	}
+}
+
+func (r *Region) copiesPulls() bool { return r.remote.can.StreamReader == nil }
+
+func (r *Region) copiesPushes() bool { return r.local.can.Viewer == nil && !r.o.ReadOnly }
+
+// buffered is each direction's share of maxBuffered, where it copies.
+func (r *Region) buffered() int64 {
+	if r.copiesPulls() && r.copiesPushes() {
+		return maxBuffered / 2
+	}
+	return maxBuffered
+}
+
+// openBuffers makes room for what will be copied.
+func (r *Region) openBuffers() error {
+	size := int64(0)
+	if r.copiesPulls() || r.copiesPushes() {
+		size = maxBuffered
+	}
+	var err error
+	r.buffers, err = newBuffers(size)
+	return err
 }
 
 func (u *puller) kick() {

@@ -34,8 +34,8 @@ type pusher struct {
 
 func (r *Region) initPush() {
 	limit := int64(maxWindow)
-	if r.local.can.Viewer == nil {
-		limit = maxBuffered
+	if r.copiesPushes() {
+		limit = r.buffered()
 	}
 	r.push = pusher{pace: newPacer(minPushWindow, limit), wake: make(chan struct{}, 1), moved: make(chan struct{}, 1)}
 	if r.table.Counts().Dirty > 0 {
@@ -307,12 +307,12 @@ func (r *Region) sendView(ctx context.Context, off, n int64) error {
 
 // sendCopy sends from a buffer; maxBuffered bounds how many are in use.
 func (r *Region) sendCopy(ctx context.Context, off, n int64) error {
-	b := getBuffer(n)
-	defer putBuffer(b)
-	if err := r.local.read(ctx, *b, off); err != nil {
+	b := r.buffers.get(n)
+	defer r.buffers.put(b)
+	if err := r.local.read(ctx, b.p, off); err != nil {
 		return fmt.Errorf("read local copy: %w", err)
 	}
-	_, err := r.remote.write(ctx, *b, off)
+	_, err := r.remote.write(ctx, b.p, off)
 	return err
 }
 

@@ -48,6 +48,8 @@ type Region struct {
 	size   int64
 	pages  int64
 
+	buffers *buffers
+
 	table    *chunk.Table  // guarded by mu, but for Resident, NextAbsent and NextPresent
 	complete atomic.Bool   // all pages are present: reads need not ask the table
 	done     chan struct{} // closed with it, and replaced when it ends; guarded by mu
@@ -145,6 +147,9 @@ func open(ctx context.Context, remote, local memferry.Backend, o Options) (*Regi
 			r.bytes(c.Dirty), memferry.ErrReadOnly)
 	}
 	r.inval.dropper, _ = local.(Dropper)
+	if err := r.openBuffers(); err != nil {
+		return nil, err
+	}
 	r.initPull()
 	r.initPush()
 	r.ctx, r.cancel = context.WithCancelCause(context.Background())
@@ -214,6 +219,7 @@ func (r *Region) close() error {
 	// A remote without contexts is unblocked by its Close.
 	errs = append(errs, wrap("close the remote", r.remote.Close()))
 	r.wg.Wait()
+	errs = append(errs, r.buffers.close())
 	if r.o.Store != nil {
 		errs = append(errs, r.commit(), wrap("close the cache", r.o.Store.Close()))
 	}

@@ -8,10 +8,16 @@ import (
 	"golang.org/x/sys/unix"
 )
 
-// arenaSlots bounds the memory of reads that wait for a backend, together
-// with maxRequest. Reads beyond it queue. With maxPendingInput and the program
-// itself it keeps a mount below 64 MiB, and still fills 4 Gbit/s at 50 ms.
-const arenaSlots = 24
+const (
+	// arenaSlots bounds the memory of reads that wait for a backend, together
+	// with maxRequest. Reads beyond it queue. With maxPendingInput and the
+	// program itself it keeps a mount below 64 MiB, and still fills 4 Gbit/s at
+	// 50 ms.
+	arenaSlots = 24
+	// regionSlots is that for a region, which has buffers of its own, and where
+	// the pull, not the reads, has to fill the link.
+	regionSlots = 12
+)
 
 // smallRead is up to where a read uses the library's own buffer and never
 // queues, so that a short one does not wait behind long ones.
@@ -28,14 +34,14 @@ type arena struct {
 	slots []int32
 }
 
-func newArena() (*arena, error) {
-	mem, err := unix.Mmap(-1, 0, arenaSlots*maxRequest, unix.PROT_READ|unix.PROT_WRITE,
+func newArena(slots int) (*arena, error) {
+	mem, err := unix.Mmap(-1, 0, slots*maxRequest, unix.PROT_READ|unix.PROT_WRITE,
 		unix.MAP_PRIVATE|unix.MAP_ANONYMOUS|unix.MAP_NORESERVE)
 	if err != nil {
 		return nil, fmt.Errorf("map read buffers: %w", err)
 	}
-	a := &arena{free: make(chan struct{}, arenaSlots), mem: mem}
-	for i := int32(arenaSlots - 1); i >= 0; i-- {
+	a := &arena{free: make(chan struct{}, slots), mem: mem}
+	for i := int32(slots - 1); i >= 0; i-- {
 		a.slots = append(a.slots, i)
 		a.free <- struct{}{}
 	}

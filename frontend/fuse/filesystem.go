@@ -74,7 +74,11 @@ func newFileSystem(b memferry.Backend, caps memferry.Capabilities, o Options, fi
 	if size < 0 || size > memferry.MaxSize {
 		return nil, fmt.Errorf("backend of %d bytes: not a size that can be mounted", size)
 	}
-	buffers, err := newArena()
+	slots := arenaSlots
+	if _, ok := b.(residentFile); ok {
+		slots = regionSlots
+	}
+	buffers, err := newArena(slots)
 	if err != nil {
 		return nil, err
 	}

@@ -23,7 +23,7 @@ const (
 
 	// maxBackground bounds the reads ahead and the asynchronous requests the
 	// kernel sends before it waits for answers. What is in flight to a backend
-	// is limited by arenaSlots as well.
+	// is limited by arenaSlots or regionSlots as well.
 	maxBackground = 32
 
 	// congestionThreshold is where the kernel drops further read-ahead.

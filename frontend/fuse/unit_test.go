@@ -80,7 +80,7 @@ func TestOptions(t *testing.T) {
 }
 
 func TestArenaQueues(t *testing.T) {
-	a, err := newArena()
+	a, err := newArena(arenaSlots)
 	if err != nil {
 		t.Fatal(err)
 	}

@@ -233,6 +233,7 @@ func (a *app) mount(ctx context.Context, url, path string, f mountFlags) error {
 		}
 		return err
 	}
+	limitHeap(s.backend.Size())
 	var stack lifecycle.Stack
 	err = a.attend(&stack, s, f.metrics)
 	if err == nil {
