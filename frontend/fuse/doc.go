@@ -4,10 +4,10 @@
 // [Mount] opens it on a directory, in which the file then appears under its
 // name, or on a file, existing or not, whose place it takes. The file can be
 // read and written in any way that a file of fixed size can be: buffered, with
-// O_DIRECT, mapped (shared and writable too), punched, asked for its holes,
-// executed. It can't grow or shrink: a truncation to another size fails with
-// EPERM or EFBIG, and so does opening it with O_TRUNC (use
-// `dd conv=notrunc`); a write past the end fails with ENOSPC.
+// O_DIRECT (which needs no alignment), mapped (shared and writable too),
+// punched, asked for its holes, executed. It can't grow or shrink: a truncation
+// to another size fails with EPERM or EFBIG, and so does opening it with
+// O_TRUNC (use `dd conv=notrunc`); a write past the end fails with ENOSPC.
 //
 // # Data path
 //
