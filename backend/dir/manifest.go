@@ -1,6 +1,7 @@
 package dir
 
 import (
+	"bytes"
 	"crypto/rand"
 	"encoding/json"
 	"errors"
@@ -22,6 +23,9 @@ const (
 	manifestName    = "memferry.json"
 	manifestFormat  = "memferry chunk directory"
 	manifestVersion = 1
+	// manifestSize is what a manifest is padded to, in bytes: a sector, which a
+	// medium writes as a whole or not at all.
+	manifestSize = 512
 	// maxManifest bounds what is read of the file; ours has some 200 bytes.
 	maxManifest = 64 << 10
 	// maxGeneration bounds a tag read from a manifest.
@@ -134,23 +138,56 @@ func (s *store) create(o Options) error {
 	return s.writeManifest()
 }
 
-// writeManifest makes the manifest durable.
+// encode returns the manifest as it is stored, padded to manifestSize.
+func (m manifest) encode() ([]byte, error) {
+	raw, err := json.MarshalIndent(m, "", "\t")
+	if err != nil {
+		return nil, err
+	}
+	if pad := manifestSize - 1 - len(raw); pad > 0 {
+		raw = append(raw, bytes.Repeat([]byte{' '}, pad)...)
+	}
+	return append(raw, '\n'), nil
+}
+
+// writeManifest makes the manifest durable. On a medium without room for a
+// second one it is written over.
 func (s *store) writeManifest() error {
-	raw, err := json.MarshalIndent(s.manifest, "", "\t")
+	raw, err := s.manifest.encode()
 	if err != nil {
 		return err
 	}
-	if err := s.replace(filepath.Join(s.path, manifestName), append(raw, '\n')); err != nil {
+	path := filepath.Join(s.path, manifestName)
+	err = s.replace(path, raw)
+	if errors.Is(err, memferry.ErrNoSpace) {
+		return overwrite(path, raw, err)
+	}
+	if err != nil {
 		return err
 	}
 	return noSpace(s.dir.Sync())
 }
 
+// overwrite writes a manifest where the last one is, if both are a sector; else
+// it returns why, which is why it was tried.
+func overwrite(path string, raw []byte, why error) error {
+	f, err := os.OpenFile(path, os.O_WRONLY, 0)
+	if err != nil {
+		return errors.Join(why, err)
+	}
+	st, err := f.Stat()
+	if err != nil || st.Size() != manifestSize || len(raw) != manifestSize {
+		return errors.Join(why, err, f.Close())
+	}
+	_, err = f.WriteAt(raw, 0)
+	if err == nil {
+		err = f.Sync()
+	}
+	return noSpace(errors.Join(err, f.Close()))
+}
+
 // beforeWrite notes in the manifest, before the first change, that the content
 // leaves its generation.
-//
-// BUG(dir): This needs space for a second manifest, so on a full medium the
-// first change after an open fails, even one that would give space back.
 func (s *store) beforeWrite() error {
 	if s.state.writing.Load() {
 		s.state.changes.Add(1)
