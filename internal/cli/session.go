@@ -377,6 +377,9 @@ func (s *session) finish(start time.Time, before int64) {
 	case s.sum.Left > 0:
 		err = withRemedy(fmt.Errorf("lost %s of writes that did not reach %s%s", size.Format(s.sum.Left), s.url, because(err)),
 			"use --cache to keep writes through outages")
+	case s.cacheDir != "" && errors.Is(err, memferry.ErrNoSpace):
+		err = withRemedy(fmt.Errorf("%s is unmounted and no acknowledged write is lost, but: %w", s.path, err),
+			"free some space there; what the cache could not record is fetched again by the next mount")
 	case err != nil:
 		err = fmt.Errorf("close %s: %w", s.url, err)
 	}
