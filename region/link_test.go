@@ -64,10 +64,14 @@ func (b linked) WriteAtContext(ctx context.Context, p []byte, off int64) (int, e
 }
 
 // TestLinkIsFilled pulls behind links from short to long, and reads at random
-// meanwhile. Time is virtual, so that the bounds are exact.
+// meanwhile. Time is virtual, so that the bounds can be close.
 func TestLinkIsFilled(t *testing.T) {
+	// The order of goroutines that are ready at once is left to chance, the more
+	// so under the race detector. A window that does not grow, or a pull that
+	// goes before reads, misses by more than this.
+	slack := 1
 	if testenv.Race {
-		t.Skip("the race detector reorders what the virtual link depends on")
+		slack = 2
 	}
 	const size = 512 << 20
 	for _, c := range []struct {
@@ -95,7 +99,7 @@ func TestLinkIsFilled(t *testing.T) {
 					t.Fatal(err)
 				}
 				took := time.Since(start)
-				most := seconds(size/c.rate)*12/10 + time.Duration(c.overhead)*c.rtt
+				most := seconds(size/c.rate)*12/10 + time.Duration(slack*c.overhead)*c.rtt
 				ws := waits()
 				slices.Sort(ws)
 				if len(ws) == 0 {
@@ -113,7 +117,7 @@ func TestLinkIsFilled(t *testing.T) {
 				if c.rate < 100e6 {
 					limit = 2 * c.rtt
 				}
-				if p99 > limit {
+				if limit *= time.Duration(slack); p99 > limit {
 					t.Errorf("p99 of random reads %v, at most %v expected", p99, limit)
 				}
 				_ = r.Close()
