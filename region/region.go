@@ -129,8 +129,8 @@ func open(ctx context.Context, remote, local memferry.Backend, o Options) (*Regi
 	if local.Size() < r.size {
 		return nil, fmt.Errorf("local backend has %d bytes, remote %d: %w", local.Size(), r.size, memferry.ErrOutOfRange)
 	}
-	if b := r.remote.can.BlockSizes.Min; b > pageSize {
-		return nil, fmt.Errorf("the remote takes blocks of %d bytes at least, and a region works by pages of %d: %w; use the remote directly (mount --direct)", b, pageSize, memferry.ErrNotSupported)
+	if r.remote, err = newBlocks(r.remote); err != nil {
+		return nil, err
 	}
 	r.pages = (r.size + pageSize - 1) / pageSize
 	r.table = chunk.New(r.pages, o.Store != nil)
