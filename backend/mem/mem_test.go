@@ -92,7 +92,7 @@ func TestSparse(t *testing.T) {
 			t.Fatal(err)
 		}
 	}
-	if grown := rss(t) - before; grown < written*3/4 {
+	if grown := rss(t) - before; grown < written/2 { // what ran before may have been given back meanwhile
 		t.Errorf("writing %d bytes took %d: the measure is wrong", written, grown)
 	}
 	if err := b.Trim(size/2-5, written+10); err != nil {
