@@ -157,7 +157,7 @@ func TestInvalidateAmongWriters(t *testing.T) {
 
 func amongWriters(t *testing.T, m *Memory, use func([]atomic.Uint64)) {
 	tracked(t, m)
-	rounds := 400
+	rounds := 150
 	if testing.Short() {
 		rounds = 30
 	}
