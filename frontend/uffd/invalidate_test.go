@@ -132,6 +132,9 @@ func TestInvalidatedPageFails(t *testing.T) {
 func TestInvalidateAmongWriters(t *testing.T) {
 	want := make([]byte, 4<<20)
 	t.Run("process", func(t *testing.T) {
+		if testenv.Race {
+			t.Skip("the race detector does atomic operations where they can't be preempted: see the section on deadlocks")
+		}
 		b := source(t, want)
 		m := memory(t, b, Options{ChunkSize: 64 << 10})
 		amongWriters(t, m, nil)
