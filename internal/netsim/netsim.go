@@ -18,7 +18,10 @@
 // The Go runtime's timers wake an idle process with a resolution of a
 // millisecond, as epoll_wait(2) does. Waiting here is done on timerfd_create(2)
 // descriptors instead, which wake the poller to within some tens of
-// microseconds, and never early.
+// microseconds. What each stream has lately seen that to take at the least is
+// taken off its sleeps, and spun away where one ends sooner: bytes are never
+// early. On a busy machine they are late by as long as a process waits for its
+// turn.
 package netsim
 
 import (

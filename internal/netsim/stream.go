@@ -4,6 +4,7 @@ import (
 	"errors"
 	"io"
 	"net"
+	"runtime"
 	"sync"
 	"sync/atomic"
 	"time"
@@ -89,6 +90,7 @@ type stream struct {
 	c     *conn
 	d     *direction
 	timer *timer        // the writer's sleep
+	late  lateness      // of that sleep
 	ready chan struct{} // cap 1: the queue is no longer empty, or a kick
 	nudge chan struct{} // cap 1: the same for a reader that paces itself
 	kicks atomic.Uint64 // how often kick was called
@@ -331,10 +333,26 @@ func (s *stream) take(batch []segment) []segment {
 			<-s.ready
 			continue
 		}
-		s.timer.arm(wait)
-		if s.kicks.Load() == kicks { // or the arming may have undone its wake
-			s.timer.sleep()
+		s.pause(wait, kicks)
+	}
+}
+
+// pause sleeps for a time, or until a kick after the given one. It aims a
+// little early, and spins away what is left: sleeps end late.
+func (s *stream) pause(wait time.Duration, kicks uint64) {
+	end := time.Now().Add(wait)
+	if nap := wait - s.late.usual(); nap > 0 {
+		s.timer.arm(nap)
+		if s.kicks.Load() != kicks { // the arming may have undone its wake
+			return
 		}
+		s.timer.sleep()
+		if s.kicks.Load() == kicks {
+			s.late.note(time.Since(end) + wait - nap)
+		}
+	}
+	for s.kicks.Load() == kicks && time.Until(end) > 0 && time.Until(end) <= maxLateness {
+		runtime.Gosched() // whoever has something to do goes first
 	}
 }
 

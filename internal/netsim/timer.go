@@ -51,3 +51,36 @@ func (t *timer) close() {
 	t.mu.Unlock()
 	t.f.Close() //nolint:errcheck // nothing can be lost
 }
+
+const (
+	// maxLateness bounds how late a sleep is expected to end, and so for how
+	// long one that ends in time has the processor spin.
+	maxLateness = 100 * time.Microsecond
+	// latenessMemory is how many sleeps it is remembered for.
+	latenessMemory = 8
+)
+
+// lateness learns how late sleeps end at least: the time that the kernel and the
+// Go runtime take to wake a goroutine. What comes on top of it is load, which
+// the next sleep may not have.
+type lateness struct {
+	least, next time.Duration // of the last latenessMemory sleeps, and of those since
+	n           int           // how many those are
+}
+
+// usual returns how much later than asked for the next sleep will end.
+func (l *lateness) usual() time.Duration { return l.least }
+
+// note takes in how late a sleep has ended.
+func (l *lateness) note(d time.Duration) {
+	d = min(max(d, 0), maxLateness)
+	if l.n == 0 || d < l.next {
+		l.next = d
+	}
+	if d < l.least {
+		l.least = d
+	}
+	if l.n++; l.n == latenessMemory {
+		l.least, l.n = l.next, 0
+	}
+}
