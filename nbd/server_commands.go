@@ -184,14 +184,14 @@ func (c *serverConn) readInto(rq request, buf *buffer, h held) {
 }
 
 // readsHole reports whether the range is known, at little cost, to read as
-// zero, so that a few bytes can stand for it. Where reads have found no holes,
-// it looks only now and then.
+// zero, so that a few bytes can stand for it. Where the reads of a file have
+// found no holes, it looks only now and then; memory tells at no cost.
 func (c *serverConn) readsHole(rq request) bool {
 	if !c.structured || rq.length < holeTry || rq.flags&cmdFlagDF != 0 {
 		return false
 	}
 	c.reads++
-	if !c.holes && c.reads%holeInterval != 1 {
+	if c.exp.file != nil && !c.holes && c.reads%holeInterval != 1 {
 		return false
 	}
 	c.holes = c.exp.hole(c.ctx, int64(rq.offset), int64(rq.length))
