@@ -77,8 +77,8 @@ func (c *serverConn) run() error {
 	if c.srv.find(c.exp.Name) != c.exp {
 		return fmt.Errorf("export %q was removed", c.exp.Name)
 	}
-	c.in.timeout = c.srv.opt.RequestTimeout
-	c.in.deadline = time.Time{}
+	c.in.patience.timeout = c.srv.opt.RequestTimeout
+	c.in.patience.deadline = time.Time{}
 	err := c.transmit()
 	switch {
 	case errors.Is(err, errLeft), errors.Is(err, errDrained):
@@ -189,7 +189,7 @@ func (c *serverConn) awaitRequest() error {
 			return errDrained
 		}
 		// Left over from an earlier request: there is no limit here.
-		c.in.setDeadline(time.Time{})
+		c.in.patience.setDeadline(time.Time{})
 		return nil
 	}
 	return err

@@ -215,12 +215,18 @@ func startServer(t testing.TB, o ServerOptions, exports ...Export) *Server {
 // connect makes a client of s, over a UNIX socket.
 func connect(t testing.TB, s *Server) *wire {
 	t.Helper()
-	l, err := net.Listen("unix", testenv.TempSocket(t))
+	return connectOver(t, s, "unix", testenv.TempSocket(t))
+}
+
+// connectOver makes a client of s that listens on an address for that.
+func connectOver(t testing.TB, s *Server, network, addr string) *wire {
+	t.Helper()
+	l, err := net.Listen(network, addr)
 	if err != nil {
 		t.Fatal(err)
 	}
 	defer l.Close()
-	nc, err := net.Dial("unix", l.Addr().String())
+	nc, err := net.Dial(network, l.Addr().String())
 	if err != nil {
 		t.Fatal(err)
 	}

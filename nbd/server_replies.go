@@ -77,7 +77,6 @@ func (b *batch) reset() {
 type replies struct {
 	nc      net.Conn
 	raw     syscall.RawConn // of a UNIX socket, which takes pages; else nil
-	timeout time.Duration   // for writePiece bytes; 0: none
 	release func(held)
 
 	mu      sync.Mutex
@@ -87,15 +86,13 @@ type replies struct {
 	sending bool
 	err     error // the first; everything after it is dropped
 
-	stall stall // of the client, in taking what is being sent
-
 	// Of the one that sends.
-	deadline time.Time
+	patience patience // for writePiece bytes
 	out      net.Buffers
 }
 
 func newReplies(nc net.Conn, timeout time.Duration, release func(held)) *replies {
-	w := &replies{nc: nc, timeout: timeout, release: release}
+	w := &replies{nc: nc, release: release, patience: patience{timeout: timeout, set: nc.SetWriteDeadline}}
 	w.room.L = &w.mu
 	if u, ok := nc.(*net.UnixConn); ok {
 		// Without it, nothing is sent by reference.
@@ -174,9 +171,9 @@ func (w *replies) sendPipe(p *pipe, n int) bool {
 	}
 	w.sending = true
 	w.mu.Unlock()
-	w.stall.begin(w.armDeadline())
+	w.patience.begin()
 	err := p.sendTo(w.nc, w.raw, n)
-	w.stall.end()
+	w.patience.end()
 	w.mu.Lock()
 	w.sending = false
 	w.failLocked(err)
@@ -250,8 +247,8 @@ func (w *replies) write(b *batch) error {
 }
 
 func (w *replies) writeVectors(v [][]byte) error {
-	w.stall.begin(w.armDeadline())
-	defer w.stall.end()
+	w.patience.begin()
+	defer w.patience.end()
 	if len(v) == 1 {
 		_, err := w.nc.Write(v[0])
 		return err
@@ -260,17 +257,6 @@ func (w *replies) writeVectors(v [][]byte) error {
 	_, err := w.out.WriteTo(w.nc)
 	w.out = nil
 	return err
-}
-
-// armDeadline is stream.armDeadline for writes. It returns the time.
-func (w *replies) armDeadline() time.Time {
-	now := time.Now()
-	if w.timeout > 0 && w.deadline.Sub(now) < w.timeout*3/4 {
-		w.deadline = now.Add(w.timeout)
-		// An error means that the connection is closed; the write will say so.
-		_ = w.nc.SetWriteDeadline(w.deadline)
-	}
-	return now
 }
 
 // fail makes everything that was not sent be dropped.

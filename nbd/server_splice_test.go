@@ -53,32 +53,13 @@ func newFile(t *testing.T, dir string) *file.Backend {
 	return b
 }
 
-// connectTCP makes a client of s, over TCP.
-func connectTCP(t *testing.T, s *Server) *wire {
-	t.Helper()
-	l, err := net.Listen("tcp", "127.0.0.1:0")
-	if err != nil {
-		t.Fatal(err)
-	}
-	defer l.Close()
-	nc, err := net.Dial("tcp", l.Addr().String())
-	if err != nil {
-		t.Fatal(err)
-	}
-	peer, err := l.Accept()
-	if err != nil {
-		t.Fatal(err)
-	}
-	return attach(t, s, nc, peer)
-}
-
 // networks are the ways to a server, and whether pages are passed on there.
 var networks = map[string]struct {
 	dial    func(*testing.T, *Server) *wire
 	splices bool
 }{
 	"unix": {func(t *testing.T, s *Server) *wire { return connect(t, s) }, true},
-	"tcp":  {connectTCP, false},
+	"tcp":  {func(t *testing.T, s *Server) *wire { return connectOver(t, s, "tcp", "127.0.0.1:0") }, false},
 }
 
 func TestReadByReference(t *testing.T) {

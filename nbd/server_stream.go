@@ -45,15 +45,12 @@ type stream struct {
 	n        int
 	err      error
 
-	stall stall // of the client, in the middle of a payload
-
-	// timeout is how long a message that has begun may take to go on.
-	timeout  time.Duration
-	deadline time.Time // as set on nc; zero: none
+	// patience is for a message that has begun, to go on.
+	patience patience
 }
 
 func newStream(nc net.Conn, timeout time.Duration) *stream {
-	s := &stream{nc: nc, buf: make([]byte, streamBufferSize), timeout: timeout}
+	s := &stream{nc: nc, buf: make([]byte, streamBufferSize), patience: patience{timeout: timeout, set: nc.SetReadDeadline}}
 	if sc, ok := nc.(syscall.Conn); ok {
 		if raw, err := sc.SyscallConn(); err == nil {
 			s.raw = raw
@@ -145,10 +142,10 @@ func (s *stream) take(n int) []byte {
 	return p
 }
 
-// need waits until n bytes are buffered. Each step must come within timeout.
+// need waits until n bytes are buffered. Each step must come within its patience.
 func (s *stream) need(n int) error {
 	for s.buffered() < n {
-		s.armDeadline()
+		s.patience.arm()
 		if err := s.fill(); err != nil {
 			return midMessage(err)
 		}
@@ -172,9 +169,9 @@ func (s *stream) full(p []byte, beforeWait func()) error {
 		n, err := s.receive(p, tail, false)
 		if errors.Is(err, errWouldBlock) {
 			beforeWait()
-			s.stall.begin(s.armDeadline())
+			s.patience.begin()
 			n, err = s.receive(p, tail, true)
-			s.stall.end()
+			s.patience.end()
 		}
 		if err != nil {
 			return midMessage(err)
@@ -189,7 +186,7 @@ func (s *stream) full(p []byte, beforeWait func()) error {
 func (s *stream) discard(n int64) error {
 	for n > 0 {
 		if s.buffered() == 0 {
-			s.armDeadline()
+			s.patience.arm()
 			if err := s.fill(); err != nil {
 				return midMessage(err)
 			}
@@ -199,23 +196,6 @@ func (s *stream) discard(n int64) error {
 		n -= k
 	}
 	return nil
-}
-
-// armDeadline makes sure that a read that starts now ends within timeout, and
-// not before three quarters of it: setting the deadline anew each time costs
-// too much. It returns the time.
-func (s *stream) armDeadline() time.Time {
-	now := time.Now()
-	if s.timeout > 0 && s.deadline.Sub(now) < s.timeout*3/4 {
-		s.setDeadline(now.Add(s.timeout))
-	}
-	return now
-}
-
-func (s *stream) setDeadline(t time.Time) {
-	s.deadline = t
-	// An error means that the connection is closed; the read will say so.
-	_ = s.nc.SetReadDeadline(t)
 }
 
 // midMessage turns the end of the connection into an error, since a message
