@@ -332,8 +332,8 @@ func (m *Memory) move(off, n int64, advice int, move func()) error {
 }
 
 // Wait waits until everything is here, and makes it come if Options.Pull does
-// not. From then on, unless Invalidate drops some of them again, the bytes can be used without restraint, but for pages of
-// zeroes, which Populate makes.
+// not. From then on, unless Invalidate drops some of them again, the bytes can
+// be used without restraint, but for pages of zeroes, which Populate makes.
 func (m *Memory) Wait(ctx context.Context) error {
 	if !m.gate.Enter() {
 		return fmt.Errorf("uffd: wait: %w", memferry.ErrClosed)

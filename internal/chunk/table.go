@@ -61,10 +61,10 @@ func (s State) String() string {
 //	                                           +--------------------+
 //
 // Presence shrinks by a drop alone, which takes present pages that are neither
-// dirty nor on their way back to absent; see BeginDrop. Except for Resident and Complete, which anyone may call
-// at any time, calls need mutual exclusion; a page's bytes are moved outside
-// of it, between the call that announces it (Land, BeginWrite, BeginPush,
-// BeginZero) and the one that ends it.
+// dirty nor on their way back to absent; see BeginDrop. Except for Resident and
+// Complete, which anyone may call at any time, calls need mutual exclusion; a
+// page's bytes are moved outside of it, between the call that announces it
+// (Land, BeginWrite, BeginPush, BeginZero) and the one that ends it.
 //
 // Invariants, over the pages of a table:
 //
@@ -458,7 +458,7 @@ func (t *Table) EndFetch(f *Fetch) {
 // the write may go on: bytes that are landing, another write to an absent page
 // or the recording of a page as clean have to end first.
 func (t *Table) BeginWrite(page, n int64) (busy int64) {
-	if busy = t.busy(page, n); busy >= 0 {
+	if busy = t.busy(page, n, false); busy >= 0 {
 		return busy
 	}
 	each(page, n, func(w int64, k uint64) bool {
@@ -476,12 +476,17 @@ func (t *Table) BeginWrite(page, n int64) (busy int64) {
 	return -1
 }
 
-func (t *Table) busy(page, n int64) int64 {
+// busy returns the first page that is in the way of a new write, or of a drop
+// that has begun, and -1 when nothing is.
+func (t *Table) busy(page, n int64, dropping bool) int64 {
 	at := int64(-1)
 	each(page, n, func(w int64, k uint64) bool {
 		var b uint64
 		if s := t.slots[w]; s != nil {
 			b = s.landing | s.writing
+			if dropping && s.writers > 0 { // it isn't known of which pages
+				b = ^uint64(0)
+			}
 		}
 		if len(t.zeroing) > 0 {
 			b |= t.zeroMask(w)
@@ -489,7 +494,7 @@ func (t *Table) busy(page, n int64) int64 {
 		if t.persistent {
 			b |= t.committing.word(w)
 		}
-		if t.drop.touches(w) {
+		if !dropping && t.drop.touches(w) {
 			b = ^uint64(0)
 		}
 		if b &= k; b != 0 {

@@ -1,7 +1,5 @@
 package chunk
 
-import "math/bits"
-
 // drop is what is being made absent again, of which there is one at a time.
 //
 //	BeginDrop   claims on the pages are void; no new claims, no new writes
@@ -46,30 +44,7 @@ func (t *Table) BeginDrop(r Run) {
 
 // DropBusy returns a page whose writing or landing the drop has to wait for, or
 // -1.
-func (t *Table) DropBusy() int64 {
-	at := int64(-1)
-	r := t.drop.run
-	each(r.Page, r.N, func(w int64, k uint64) bool {
-		var b uint64
-		if s := t.slots[w]; s != nil {
-			b = s.landing
-			if s.writers > 0 {
-				b = k
-			}
-		}
-		if len(t.zeroing) > 0 {
-			b |= t.zeroMask(w)
-		}
-		if t.persistent {
-			b |= t.committing.word(w)
-		}
-		if b &= k; b != 0 {
-			at = w*wordPages + int64(bits.TrailingZeros64(b))
-		}
-		return at < 0
-	})
-	return at
-}
+func (t *Table) DropBusy() int64 { return t.busy(t.drop.run.Page, t.drop.run.N, true) }
 
 // TakeDrop makes the pages absent, except those that the remote lacks or may
 // lack, and returns which. No commit may be under way.
