@@ -73,10 +73,14 @@ func (c *copier) check() error {
 		return withRemedy(memferry.ErrReadOnly, "copy to something that can be written")
 	}
 	if c.dst.Size() < c.src.Size() {
-		return withRemedy(fmt.Errorf("%s is too small for the source's %s", exactSize(c.dst.Size()), exactSize(c.src.Size())),
-			"enlarge it (a file: add ?size=%d to its file: URL) or choose another", c.src.Size())
+		return tooSmall(c.dst.Size(), c.src.Size())
 	}
 	return nil
+}
+
+func tooSmall(target, source int64) error {
+	return withRemedy(fmt.Errorf("%s is too small for the source's %s", exactSize(target), exactSize(source)),
+		"enlarge it (a file: add ?size=%d to its file: URL) or choose another", source)
 }
 
 func exactSize(n int64) string {

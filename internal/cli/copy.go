@@ -151,6 +151,12 @@ func (a *app) openTarget(ctx context.Context, rawURL string, n int64, o backend.
 			return a.makeFile(ctx, rawURL, u.Path, n, o)
 		}
 	}
+	// Refused before it is opened, since opening may make it.
+	if u.Query.Has("size") {
+		if asked, err := u.Bytes("size"); err == nil && asked < n {
+			return nil, "", about(rawURL, tooSmall(asked, n))
+		}
+	}
 	b, err = a.open(ctx, rawURL, o)
 	return b, "", err
 }

@@ -69,6 +69,7 @@ func TestMistakesHaveOneForm(t *testing.T) {
 		{1, "not a memferry mount", "status " + missing},
 		{1, "are the same file", "copy " + file + " " + file},
 		{1, "too small", "copy " + file + " mem:?size=4K"},
+		{1, "too small", "copy " + file + " dir://" + dir + "/small?size=4K&chunk=4K"},
 		{1, missing, "copy " + missing + " " + dir + "/copy"},
 		{1, "write nbd://HOST", "ls foo"},
 		{2, `unknown command "nosuch"`, "completion nosuch"},
