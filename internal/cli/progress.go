@@ -4,6 +4,7 @@ import (
 	"context"
 	"fmt"
 	"io"
+	"math"
 	"sync/atomic"
 	"time"
 
@@ -92,8 +93,10 @@ func (s sample) String() string {
 func (p progress) bar(ctx context.Context) {
 	c := mpb.New(mpb.WithOutput(p.out), mpb.WithRefreshRate(barInterval), mpb.WithAutoRefresh())
 	var now atomic.Pointer[sample] // the bar reads it in its own time
-	now.Store(&sample{})
-	// total 0 keeps the bar from ending by itself: a region may go backwards.
+	first := p.sample()
+	now.Store(&first)
+	// A total of 0 at first keeps the bar from ending by itself, for a region may
+	// go backwards, and lets SetTotal have an effect.
 	b := c.New(0, mpb.BarStyle().Lbound("[").Filler("=").Tip(">").Padding(" ").Rbound("]"),
 		mpb.BarWidth(30),
 		mpb.PrependDecorators(decor.Name(p.label+" ")),
@@ -104,8 +107,7 @@ func (p progress) bar(ctx context.Context) {
 	defer t.Stop()
 	set := func() {
 		s := p.sample()
-		b.EnableTriggerComplete()
-		b.SetTotal(max(s.total, 1)+1, false)
+		b.SetTotal(max(s.total, 1), false)
 		b.SetCurrent(s.done)
 		now.Store(&s)
 	}
@@ -124,14 +126,15 @@ func (p progress) bar(ctx context.Context) {
 	p.sink.swap(old)
 }
 
-// meter turns a growing count into a rate, over the last second or so.
+// meter turns a growing count into a rate: an exponential mean.
 type meter struct {
 	last  int64
 	at    time.Time
+	began bool    // value is of at least one interval
 	value float64 // bytes per second
 }
 
-// meterWeight is how much of the old rate is left after one second.
+// meterHalfLife is the time after which half of a rate is forgotten.
 const meterHalfLife = time.Second
 
 func (m *meter) update(count int64, now time.Time) int64 {
@@ -144,11 +147,13 @@ func (m *meter) update(count int64, now time.Time) int64 {
 		return int64(m.value)
 	}
 	rate := float64(count-m.last) / dt.Seconds()
-	w := min(1, dt.Seconds()/meterHalfLife.Seconds()/2)
-	m.value += (rate - m.value) * w
-	if m.value < 1 {
-		m.value = 0
+	if m.began {
+		old := math.Exp2(-dt.Seconds() / meterHalfLife.Seconds())
+		rate = old*m.value + (1-old)*rate
 	}
-	m.last, m.at = count, now
-	return int64(m.value)
+	if rate < 1 {
+		rate = 0
+	}
+	m.last, m.at, m.began, m.value = count, now, true, rate
+	return int64(rate)
 }
