@@ -42,7 +42,7 @@
 // The kernel caches pages and attributes for as long as the mount lives. What
 // changes in the backend without going through the mount is seen late or
 // never; what changes in the page cache of the mount is seen in the backend
-// after fsync.
+// after fsync. [Options.Uncached] keeps reads and writes from that cache.
 //
 // With the write-back cache a buffered write past the end is refused late, by
 // fsync or close, with ENOSPC; until then the file looks longer than it is.

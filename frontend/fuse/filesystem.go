@@ -42,9 +42,11 @@ type fileSystem struct {
 	readOnly bool
 	// writeBack says that the kernel caches writes and owns size and times.
 	writeBack bool
-	log       *slog.Logger
-	buffers   *arena
-	calls     uncancelled
+	// uncached says that reads and writes are not to stop at its page cache.
+	uncached bool
+	log      *slog.Logger
+	buffers  *arena
+	calls    uncancelled
 	// ended is closed when requests still in flight must be given up.
 	ended   chan struct{}
 	endOnce sync.Once
@@ -90,7 +92,8 @@ func newFileSystem(b memferry.Backend, caps memferry.Capabilities, o Options, fi
 		name:          o.Name,
 		fileNode:      childNode,
 		readOnly:      o.ReadOnly,
-		writeBack:     !o.ReadOnly && !fileRoot,
+		writeBack:     !o.ReadOnly && !fileRoot && !o.Uncached,
+		uncached:      o.Uncached,
 		log:           o.Logger,
 		buffers:       buffers,
 		calls:         newUncancelled(),

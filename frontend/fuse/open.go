@@ -122,8 +122,8 @@ func (f *fileSystem) Open(_ <-chan struct{}, in *gofuse.OpenIn, out *gofuse.Open
 		s.writers++
 		out.Fh = handleWriter
 	}
-	if write && in.Flags&syscall.O_APPEND != 0 {
-		// Every write lies past the end: refuse it at once, not at fsync.
+	// An append lies past the end: it is to be refused at once, not at fsync.
+	if f.uncached || write && in.Flags&syscall.O_APPEND != 0 {
 		out.OpenFlags |= gofuse.FOPEN_DIRECT_IO
 	}
 	return gofuse.OK

@@ -50,6 +50,11 @@ type Options struct {
 	// ReadAhead is how far the kernel reads ahead, in bytes, where it lets us
 	// set it (as root); 0 means 4 MiB.
 	ReadAhead int64
+	// Uncached has every read and write of an application reach the backend at
+	// once, instead of the kernel's page cache. It is for a backend whose bytes
+	// change in other ways too. A mapping still sees what the kernel has cached
+	// for it, and its writes reach the backend as with the cache.
+	Uncached bool
 	// NoPassthrough keeps every read going through the backend.
 	NoPassthrough bool
 	// NoHelper never mounts through fusermount3.

@@ -6,6 +6,9 @@
 // the other one, and then shows it in the first. Pages of the source that are
 // known to be zero take memory only when they are touched.
 //
+// A [Memory] is a backend itself, so the same bytes can be a file at the same
+// time (frontend/fuse, with Options.Uncached), or be served to others.
+//
 // [OpenURL] has the faults served by a helper process, and is what to use
 // wherever the source has a URL.
 //

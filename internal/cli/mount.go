@@ -33,7 +33,9 @@ after --push-idle without a write, and when --push-backlog bytes wait. With
 The local side is memory, unless --cache names a directory: then it is a sparse
 file there, and the next mount with the same directory goes on where this one
 stopped, also after a crash. With --direct there is no local side at all: every
-access goes to the remote.
+access goes to the remote. The kernel still caches what was read and written:
+with --uncached each read and write goes past that, so that several hosts with
+direct mounts of one region see what the others write.
 
 When the connection is lost, access to what is not local waits for
 --io-timeout, and then fails with an I/O error; the mount recovers by itself
@@ -62,6 +64,7 @@ type mountFlags struct {
 	connections  int
 	name         string
 	allowOther   bool
+	uncached     bool
 	logFile      string
 }
 
@@ -141,6 +144,7 @@ func (a *app) mountCmd() *cobra.Command {
 	fl.IntVar(&f.connections, "connections", 0, "connections to the server (default 4)")
 	fl.StringVar(&f.name, "name", "", "name of the file where PATH is a directory")
 	fl.BoolVar(&f.allowOther, "allow-other", false, "let other users in")
+	fl.BoolVar(&f.uncached, "uncached", false, "have reads and writes go past the kernel's page cache")
 	fl.StringVar(&f.logFile, "log-file", "", "where log lines go with --daemon")
 	complete(cmd, "frontend", f.frontend.allowed)
 	complete(cmd, "pull", f.pull.allowed)
@@ -183,7 +187,7 @@ func checkConnections(cmd *cobra.Command, n int) error {
 
 func (f *mountFlags) options() (mountOptions, error) {
 	o := mountOptions{
-		direct: f.direct, readOnly: f.readOnly, allowOther: f.allowOther,
+		direct: f.direct, readOnly: f.readOnly, allowOther: f.allowOther, uncached: f.uncached,
 		name: f.name, connections: f.connections,
 		region: region.Options{
 			ChunkSize:    int64(f.chunk),

@@ -63,6 +63,7 @@ type mountOptions struct {
 	cacheDir    string
 	readOnly    bool
 	allowOther  bool
+	uncached    bool
 	name        string
 	connections int
 	region      region.Options
@@ -107,6 +108,7 @@ func (a *app) openSession(ctx context.Context, rawURL, path string, o mountOptio
 		Name:       a.fileName(rawURL, o.name),
 		ReadOnly:   s.readOnly,
 		AllowOther: o.allowOther,
+		Uncached:   o.uncached,
 		Logger:     a.log,
 	}); err != nil {
 		return nil, errors.Join(about(path, err), s.backend.Close())
