@@ -111,7 +111,7 @@ func (h *helper) zap(ctx context.Context, page, n int64) ([]region.Run, error) {
 	if err := h.conn.send(&message{ID: id, Op: opZap, Runs: [][2]int64{{page, n}}}); err != nil {
 		return nil, err
 	}
-	t := time.NewTimer(zapPatience)
+	t := time.NewTimer(time.Duration(h.local.patience.Load()))
 	defer t.Stop()
 	select {
 	case a := <-c:

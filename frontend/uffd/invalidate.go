@@ -14,12 +14,15 @@ import (
 )
 
 const (
-	// zapPatience is how long the server waits for the owner to take pages out of
-	// its page tables. Faults wait meanwhile, and if they are those of all the
-	// owner's Ps, nobody is left to do it: then they have to go on first.
-	zapPatience = 20 * time.Millisecond
-	// zapAttempts bounds how often that is tried.
-	zapAttempts = 50
+	// zapPatience is how long the server waits at first for the owner to take
+	// pages out of its page tables. Faults wait meanwhile, and if they are those of
+	// all the owner's Ps, nobody is left to do it: then they have to go on first.
+	// On a machine that is busy the owner is only slow: each attempt waits twice
+	// as long as the one before, up to maxZapPatience.
+	zapPatience    = 20 * time.Millisecond
+	maxZapPatience = 640 * time.Millisecond
+	// zapAttempts bounds how often that is tried: half a minute.
+	zapAttempts = 30
 )
 
 // errZapLate is why an attempt to drop pages was given up.
@@ -61,16 +64,19 @@ func (l *local) invalidate(ctx context.Context, off, n int64) error {
 	if l.region == nil {
 		return errNoSource
 	}
+	patience := zapPatience
 	for attempt := 1; ; attempt++ {
+		l.patience.Store(int64(patience))
 		err := l.region.Invalidate(ctx, off, n)
 		if !errors.Is(err, errZapLate) || attempt == zapAttempts {
 			return err
 		}
 		select {
-		case <-time.After(zapPatience):
+		case <-time.After(patience):
 		case <-ctx.Done():
 			return context.Cause(ctx)
 		}
+		patience = min(2*patience, maxZapPatience)
 	}
 }
 
@@ -124,7 +130,7 @@ func (t *tracker) zap(p []byte, page int64) ([]region.Run, error) {
 	})
 	for i := range n {
 		if !clean[i] || err != nil {
-			t.note(page + i)
+			t.note(page+i, false)
 		}
 	}
 	var written []region.Run
@@ -195,11 +201,12 @@ func (l *landing) forget(page, end int64) error {
 	if page == end {
 		return nil
 	}
+	// First of all, since a landed page that is in no page table and has no marker
+	// counts as written to, and removing takes markers away.
+	l.mark(page, end, pageAbsent)
 	if err := unix.Madvise(l.fill[page*pageSize:end*pageSize], unix.MADV_REMOVE); err != nil {
+		l.mark(page, end, pageLanded)
 		return fmt.Errorf("give memory back: %w", err)
-	}
-	for i := page; i < end; i++ {
-		l.state[i].Store(pageAbsent)
 	}
 	if l.protect != 0 {
 		// The markers would be in the way of poison.

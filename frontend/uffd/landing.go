@@ -22,8 +22,13 @@ const (
 	pageAbsent   pageState = iota
 	pagePoisoned           // absent, and whoever touches it is told so
 	pageZero               // known to be zero; it takes no memory yet
+	pageShowing            // as landed, but not, or only just, in the application's page tables
 	pageLanded             // the memory has it: only the application changes it
 )
+
+// arrived tells that the memory has the bytes, and only the application
+// changes them.
+func arrived(s pageState) bool { return s >= pageShowing }
 
 // landing is the local backend of the region: it puts what arrives into the
 // memory, and shows it to the application. What has landed is never written
@@ -88,7 +93,7 @@ func (l *landing) ReadAt(p []byte, off int64) (int, error) {
 		at := off + int64(done)
 		q := p[done:min(n, done+int(pageSize-at%pageSize))]
 		switch l.state[at/pageSize].Load() {
-		case pageLanded:
+		case pageShowing, pageLanded:
 			copy(q, l.fill[at:])
 		case pageZero:
 			clear(q)
@@ -156,7 +161,7 @@ func (l *landing) check(off, n int64) error {
 	if end := off + n; off%pageSize != 0 || end%pageSize != 0 && end != l.size {
 		// What has landed already needs no writing.
 		for page := off / pageSize; page*pageSize < end; page++ {
-			if l.state[page].Load() != pageLanded {
+			if !arrived(l.state[page].Load()) {
 				return fmt.Errorf("land %d bytes at %d: part of a page: %w", n, off, memferry.ErrNotSupported)
 			}
 		}
@@ -179,7 +184,7 @@ func (l *landing) landBlock(p []byte, off int64) error {
 		q := p[at-off : min(int64(len(p)), end*pageSize-off)]
 		var err error
 		switch was {
-		case pageLanded:
+		case pageShowing, pageLanded:
 		case pagePoisoned:
 			err = l.heal(q, page, end)
 		default:
@@ -220,10 +225,38 @@ func (l *landing) landZero(page int64) error {
 // show maps pages [page, end), which the file has now, for the application,
 // and wakes who waits for them.
 func (l *landing) show(page, end int64) error {
-	for i := page; i < end; i++ {
-		l.state[i].Store(pageLanded)
+	l.mark(page, end, pageShowing)
+	if err := l.remap(page, end, l.protect); err != nil {
+		return err
 	}
-	return l.remap(page, end, l.protect)
+	l.mark(page, end, pageLanded)
+	return nil
+}
+
+func (l *landing) mark(page, end int64, s pageState) {
+	for ; page < end; page++ {
+		l.state[page].Store(s)
+	}
+}
+
+// reshow shows a page again that has arrived.
+func (l *landing) reshow(page int64) error {
+	mu := l.lock(page * pageSize)
+	defer mu.Unlock()
+	was := l.state[page].Load()
+	if !arrived(was) {
+		return errDropped
+	}
+	err := l.remap(page, page+1, l.wasProtected(page))
+	if was == pageShowing { // whoever showed it died on the way
+		switch {
+		case err == nil:
+			l.state[page].Store(pageLanded)
+		case errors.Is(err, unix.EFAULT): // or healed it: the bytes are not there
+			l.state[page].Store(pageAbsent)
+		}
+	}
+	return err
 }
 
 // remap maps pages that have landed. Some may be mapped already.
@@ -263,12 +296,13 @@ func (l *landing) heal(p []byte, page, end int64) error {
 		n := copy(b[:], p)
 		p = p[n:]
 		clear(b[n:])
-		l.state[page].Store(pageLanded) // before it can be written to: see tracker.note
+		l.state[page].Store(pageShowing) // before it can be written to: see tracker.note
 		_, err := l.fd.Copy(l.addr(page), b[:], l.protect)
 		if err != nil && !errors.Is(err, unix.EEXIST) {
 			l.state[page].Store(pagePoisoned)
 			return err
 		}
+		l.state[page].Store(pageLanded)
 	}
 	return nil
 }

@@ -5,6 +5,7 @@ import (
 	"errors"
 	"fmt"
 	"log/slog"
+	"sync/atomic"
 
 	"golang.org/x/sys/unix"
 
@@ -20,6 +21,8 @@ type local struct {
 	cancel context.CancelFunc
 	served chan struct{} // closed when the server has ended
 	err    error         // why, once served is closed
+
+	patience atomic.Int64 // nanoseconds that dropping pages may hold faults up
 }
 
 // newLocal takes ownership of source, also when it fails. Without a source

@@ -123,13 +123,8 @@ func (s *server) serve(ctx context.Context, page int64) {
 
 func (s *server) fetch(ctx context.Context, page int64) error {
 	switch s.land.state[page].Load() {
-	case pageLanded: // unmapped since, or reported before it was mapped
-		mu := s.land.lock(page * pageSize)
-		defer mu.Unlock()
-		if s.land.state[page].Load() != pageLanded {
-			return errDropped
-		}
-		return s.land.remap(page, page+1, s.land.wasProtected(page))
+	case pageShowing, pageLanded: // unmapped since, or reported before it was mapped
+		return s.land.reshow(page)
 	case pageZero:
 		return s.land.landZero(page)
 	}
@@ -141,7 +136,7 @@ func (s *server) fetch(ctx context.Context, page int64) error {
 		return err
 	}
 	switch s.land.state[page].Load() {
-	case pageLanded:
+	case pageShowing, pageLanded:
 		return nil
 	case pageZero:
 		return s.land.landZero(page)

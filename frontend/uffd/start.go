@@ -68,7 +68,7 @@ func startHelper() (*remote, error) {
 
 // protocol is the version of what owner and helper say to each other, and of
 // what lies in the memory that they share. They can be different programs.
-const protocol = 1
+const protocol = 2
 
 // errProtocol is about two programs of different versions.
 func errProtocol(theirs int) error {

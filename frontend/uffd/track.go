@@ -97,27 +97,47 @@ func (t *tracker) take(which *Bitmap) (Bitmap, error) {
 	return taken, nil
 }
 
-// look notes what was written to in p, which begins at a page.
+// look notes what was written to in p, which begins at a page. It looks at
+// what has arrived alone: elsewhere it would leave markers in the way of what
+// comes.
 func (t *tracker) look(p []byte, page int64) error {
-	base := address(p)
-	return t.scanner.Written(base, base+uintptr(len(p)), func(r uffd.Run) error {
-		for a := r.Start; a < r.End; a += pageSize {
-			t.note(page + int64(a-uint64(base))/pageSize)
+	end := page + int64(len(p))/pageSize
+	base := address(t.data)
+	for at := t.next(page, end, true); at < end; {
+		stop := t.next(at, end, false)
+		err := t.scanner.WrittenOrGone(base+uintptr(at)*pageSize, base+uintptr(stop)*pageSize, func(r uffd.Run) error {
+			for a := r.Start; a < r.End; a += pageSize {
+				t.note(int64(a-uint64(base))/pageSize, r.Categories&uffd.PagePresent != 0)
+			}
+			return nil
+		})
+		if err != nil {
+			return err
 		}
-		return nil
-	})
+		at = t.next(stop, end, true)
+	}
+	return nil
 }
 
-// note takes a page for written, unless it has not landed: poison looks to the
-// kernel as if it were.
-func (t *tracker) note(page int64) {
-	if t.landed(page) {
+// next returns the first page from page on that has arrived, or has not; at most
+// end.
+func (t *tracker) next(page, end int64, is bool) int64 {
+	for page < end && arrived(t.states[page].Load()) != is {
+		page++
+	}
+	return page
+}
+
+// note takes a page for written. One that is just being shown is, if it is
+// present; otherwise nobody can have seen it, though it looks to the kernel as
+// if it were written to, as poison does.
+func (t *tracker) note(page int64, present bool) {
+	s := t.states[page].Load()
+	if s == pageLanded || s == pageShowing && present {
 		t.dirty.set(page, 1)
 		t.unsaved.set(page, 1)
 	}
 }
-
-func (t *tracker) landed(page int64) bool { return t.states[page].Load() == pageLanded }
 
 // putBack notes again what may not have reached the source.
 func (t *tracker) putBack(b Bitmap) {

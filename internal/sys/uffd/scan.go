@@ -91,13 +91,27 @@ const maxRuns = 1024
 // the application may have unmapped a part. Writes through other mappings of
 // the same memory don't count.
 func (s *Scanner) Written(start, end uintptr, fn func(Run) error) error {
+	// With PageWritten alone, the scan would also leave markers in holes.
+	return s.written(start, end, PagePresent|PageSwapped, fn)
+}
+
+// WrittenOrGone is Written for pages of shared memory that have been mapped.
+// Where the kernel takes a page out of the page tables that was written to, it
+// leaves nothing (of a protected one, a marker): when it splits a huge page
+// because a part of it was removed, reclaims memory, or on MADV_DONTNEED. So
+// what is not there counts as written, and is protected by a marker. The run
+// tells whether its pages are present.
+func (s *Scanner) WrittenOrGone(start, end uintptr, fn func(Run) error) error {
+	return s.written(start, end, 0, fn)
+}
+
+func (s *Scanner) written(start, end uintptr, anyOf Categories, fn func(Run) error) error {
 	var vec [maxRuns]Run
 	arg := scanArg{
-		flags: scanProtect,
-		// With PageWritten alone, the scan would also leave markers in holes.
+		flags:            scanProtect,
 		maskCategories:   uint64(PageWPAllowed | PageWritten),
-		anyOfCategories:  uint64(PagePresent | PageSwapped),
-		returnCategories: uint64(PageWritten),
+		anyOfCategories:  uint64(anyOf),
+		returnCategories: uint64(PageWritten | PagePresent),
 	}
 	return s.each(arg, start, end, vec[:], fn)
 }
