@@ -41,8 +41,10 @@ type serverConn struct {
 	tasks sync.WaitGroup // goroutines at work on requests
 
 	// Of the reading goroutine.
-	reads uint // of this connection, to try for holes now and then
-	holes bool // the last try found one
+	reads  uint // of this connection, to try for holes now and then
+	holes  bool // the last try found one
+	bulk   bool // the last request was for many bytes
+	poller poller
 
 	mu       sync.Mutex
 	idle     bool // the reader waits for the first byte of a request
@@ -139,6 +141,7 @@ func (c *serverConn) transmit() error {
 		if rq.typ == cmdDisc {
 			return errLeft
 		}
+		c.bulk = rq.length >= bulkPayload
 		if refusal := c.validate(rq); refusal != nil {
 			err = c.refuse(rq, refusal)
 		} else {
@@ -179,7 +182,10 @@ func (c *serverConn) awaitRequest() error {
 	}
 	c.idle = true
 	c.mu.Unlock()
-	err := c.in.fill()
+	here, err := c.pollRequest()
+	if !here {
+		err = c.in.fill()
+	}
 	c.mu.Lock()
 	c.idle = false
 	draining := c.draining

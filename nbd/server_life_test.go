@@ -152,7 +152,7 @@ func TestServeEndsWithItsContext(t *testing.T) {
 }
 
 func TestStats(t *testing.T) {
-	s := startServer(t, ServerOptions{}, Export{Name: "x", Backend: newAble(testSize)})
+	s := startServer(t, ServerOptions{PollTime: -1}, Export{Name: "x", Backend: newAble(testSize)})
 	w := connect(t, s)
 	w.enter("x", true)
 	w.ask(request{typ: cmdRead, length: 100})

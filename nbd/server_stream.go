@@ -121,6 +121,13 @@ func (s *stream) buffered() int { return s.w - s.r }
 // fill waits for bytes and adds them to the buffer. There must be room: ask
 // for no more than streamBufferSize at once.
 func (s *stream) fill() error {
+	n, err := s.receive(s.space(), nil, true)
+	s.w += n
+	return err
+}
+
+// space returns where in the buffer to read to next.
+func (s *stream) space() []byte {
 	if s.r > 0 {
 		s.w = copy(s.buf, s.buf[s.r:s.w])
 		s.r = 0
@@ -129,9 +136,7 @@ func (s *stream) fill() error {
 	if s.bulk && len(p) > bulkTail {
 		p = p[:bulkTail]
 	}
-	n, err := s.receive(p, nil, true)
-	s.w += n
-	return err
+	return p
 }
 
 // take returns the next n bytes, which must be buffered; valid until the next

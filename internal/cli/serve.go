@@ -49,6 +49,7 @@ type serveFlags struct {
 	connections int
 	inFlight    int
 	handshake   time.Duration
+	poll        time.Duration
 	ioTimeout   time.Duration
 }
 
@@ -60,6 +61,7 @@ func (a *app) serveCmd() *cobra.Command {
 		connections: nbd.DefaultMaxConnections,
 		inFlight:    nbd.DefaultMaxInFlight,
 		handshake:   nbd.DefaultHandshakeTimeout,
+		poll:        nbd.DefaultPollTime,
 		ioTimeout:   openTimeout,
 	}
 	cmd := &cobra.Command{
@@ -88,6 +90,7 @@ func (a *app) serveCmd() *cobra.Command {
 	fl.IntVar(&f.connections, "max-connections", f.connections, "most connections at once")
 	fl.IntVar(&f.inFlight, "max-in-flight", f.inFlight, "most requests of one connection at once")
 	fl.DurationVar(&f.handshake, "handshake-timeout", f.handshake, "how long a client's handshake may take")
+	fl.DurationVar(&f.poll, "poll", f.poll, "how long to look for a client's next request before sleeping; 0: not at all")
 	fl.DurationVar(&f.ioTimeout, "io-timeout", f.ioTimeout, "how long a remote backend waits through outages")
 	return cmd
 }
@@ -109,6 +112,9 @@ func (f *serveFlags) check(cmd *cobra.Command) error {
 			return usage(cmd, "--%s %d: want at least 1", l.flag, l.n)
 		}
 	}
+	if f.poll < 0 || f.poll > maxPoll {
+		return usage(cmd, "--poll %v: want 0 to %v", f.poll, maxPoll)
+	}
 	for _, l := range []struct {
 		flag string
 		d    time.Duration
@@ -118,6 +124,17 @@ func (f *serveFlags) check(cmd *cobra.Command) error {
 		}
 	}
 	return nil
+}
+
+// maxPoll bounds --poll: for longer, sleeping costs little in comparison.
+const maxPoll = 10 * time.Millisecond
+
+// pollTime is for the server, for which 0 means its default.
+func (f *serveFlags) pollTime() time.Duration {
+	if f.poll == 0 {
+		return -1
+	}
+	return f.poll
 }
 
 // splitExport cuts NAME= off an argument of serve. A name has none of the
@@ -157,6 +174,7 @@ func (a *app) serve(ctx context.Context, args []string, f serveFlags) (err error
 		MaxConnections:   f.connections,
 		MaxInFlight:      f.inFlight,
 		HandshakeTimeout: f.handshake,
+		PollTime:         f.pollTime(),
 		Logger:           a.log,
 	})
 	names, err := a.addExports(ctx, server, &stack, args, f)
