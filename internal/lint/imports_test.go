@@ -14,7 +14,7 @@ func generic(dir string) bool {
 
 // top are the packages that may import everything: the command, and what
 // drives the whole from outside.
-var top = []string{"cmd/...", "internal/cli/...", "internal/bench/...", "integration/..."}
+var top = []string{"cmd/...", "examples/...", "internal/cli/...", "internal/bench/...", "integration/..."}
 
 // exceptions are imports beyond the rule, by importing directory.
 var exceptions = map[string][]string{

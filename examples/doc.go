@@ -1,0 +1,2 @@
+// Package examples holds programs to copy from; see README.md beside this file.
+package examples
