@@ -12,6 +12,9 @@
 // [OpenURL] has the faults served by a helper process, and is what to use
 // wherever the source has a URL.
 //
+// [Source] fills the memory of other processes, which they have registered
+// themselves: virtual machines that are restored from a snapshot.
+//
 // # Deadlocks
 //
 // [Open] serves the faults of its own process. A goroutine that touches absent

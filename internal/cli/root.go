@@ -105,7 +105,7 @@ func (a *app) rootCmd() *cobra.Command {
 	root.AddCommand(
 		a.serveCmd(), a.mountCmd(), a.umountCmd(), a.statusCmd(),
 		a.lsCmd(), a.infoCmd(), a.copyCmd(),
-		a.doctorCmd(), a.demoCmd(), a.versionCmd(), a.manCmd(), a.uffdHelperCmd(),
+		a.doctorCmd(), a.demoCmd(), a.versionCmd(), a.manCmd(), a.uffdHandlerCmd(), a.uffdHelperCmd(),
 	)
 	root.InitDefaultCompletionCmd(a.env.Args...)
 	if c, _, err := root.Find([]string{"completion"}); err == nil {

@@ -12,6 +12,7 @@ import (
 var probes = map[string]func() error{
 	"memfd":            probeMemfd,
 	"userfaultfd":      probeUserfaultfd,
+	"uffd-poison":      func() error { return probeRelease(6, 6) },
 	"fuse-passthrough": func() error { return probeRelease(6, 9) },
 	"fuse-mmap-direct": func() error { return probeRelease(6, 6) },
 	"punch-hole":       probePunchHole,
