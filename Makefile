@@ -8,11 +8,14 @@ PKG      ?= ./...
 FUZZTIME ?= 10s
 BENCH    ?= all
 BENCHFLAGS ?=
+# What test-vm runs, and how long one package may take there.
+VMPKG    ?= ./internal/vm
+VMTIMEOUT ?= 12m
 
 export CGO_ENABLED ?= 0
 
 .DEFAULT_GOAL := help
-.PHONY: help build demo test test-deps race fuzz lint bench cover clean
+.PHONY: help build demo test test-deps test-vm vm-shell race fuzz lint bench cover clean
 
 help: ## list the targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## /{printf "  make %-10s %s\n", $$1, $$2}' $(MAKEFILE_LIST)
@@ -30,6 +33,16 @@ test: test-deps ## run all tests (installs what they need from Debian when run a
 
 test-deps:
 	@scripts/install-test-deps --quiet
+
+test-vm: test-deps ## run the tests that need nbd or ublk in a virtual machine; PKG=... RUN=REGEXP narrows
+	@$(GO) build -o bin/vm ./internal/vm/cmd
+	@bin/vm prepare
+	$(GO) run ./internal/gotest -exec $(CURDIR)/bin/vm\ run -p 1 -count=1 -timeout $(VMTIMEOUT) \
+		-run '$(or $(RUN),.)' $(if $(filter file,$(origin PKG)),$(VMPKG),$(PKG))
+
+vm-shell: test-deps ## a shell in that machine (leave it with exit)
+	@$(GO) build -o bin/vm ./internal/vm/cmd
+	@bin/vm shell
 
 race: ## run the tests under the race detector (needs a C compiler)
 	CGO_ENABLED=1 $(GO) run ./internal/gotest -race -short $(TESTFLAGS) $(PKG)

@@ -37,7 +37,7 @@ func TestPanic(t *testing.T) {
 }
 
 // speakers may write to the standard streams and end the process.
-var speakers = []string{"cmd/...", "examples/...", "internal/cli/...", "internal/gotest", "internal/bench/...", "integration/...", "internal/testenv"}
+var speakers = []string{"cmd/...", "examples/...", "internal/cli/...", "internal/gotest", "internal/bench/...", "internal/vm/...", "integration/...", "internal/testenv"}
 
 func TestPrintAndExit(t *testing.T) {
 	for _, s := range sources(t) {

@@ -9,18 +9,19 @@ import (
 // the root and each other.
 func generic(dir string) bool {
 	return strings.HasPrefix(dir, "./internal/") &&
-		!within(dir[2:], "internal/cli/...", "internal/bench/...", "internal/lint/...", "internal/gotest/...")
+		!within(dir[2:], "internal/cli/...", "internal/bench/...", "internal/lint/...", "internal/gotest/...", "internal/vm/...")
 }
 
 // top are the packages that may import everything: the command, and what
 // drives the whole from outside.
-var top = []string{"cmd/...", "examples/...", "internal/cli/...", "internal/bench/...", "integration/..."}
+var top = []string{"cmd/...", "examples/...", "internal/cli/...", "internal/bench/...", "internal/vm/...", "integration/..."}
 
 // exceptions are imports beyond the rule, by importing directory.
 var exceptions = map[string][]string{
-	"backend/all":   {"./backend/...", "./nbd"},
-	"backend/dir":   {"./backend/chunked"},
-	"frontend/fuse": {"./frontend"},
+	"backend/all":     {"./backend/...", "./nbd"},
+	"backend/dir":     {"./backend/chunked"},
+	"frontend/fuse":   {"./frontend"},
+	"internal/vm/cmd": {"./internal/vm"},
 	// It needs a region to pull into the memory, whatever the source is.
 	"frontend/uffd": {"./region"},
 	// The data of a cache is a file, and a backend at once.

@@ -29,6 +29,9 @@ const (
 	EnvCI = "MEMFERRY_CI"
 	// EnvSeed names the variable that overrides what [Seed] returns.
 	EnvSeed = "MEMFERRY_SEED"
+	// EnvVM names the variable that is "1" in the machine of `make test-vm`,
+	// whose kernel has what it is there for.
+	EnvVM = "MEMFERRY_VM"
 
 	installer = "scripts/install-test-deps"
 )
@@ -99,6 +102,32 @@ func Module(t testing.TB, name string) {
 	t.Helper()
 	if _, err := os.Stat(filepath.Join("/sys/module", name)); err != nil {
 		t.Skipf("needs the kernel driver %q: run `modprobe %s` on a kernel that has it", name, name)
+	}
+}
+
+// NBD needs to be able to make nbd block devices: this kernel's, or the one
+// that `make test-vm` boots.
+func NBD(t testing.TB) {
+	t.Helper()
+	blockDriver(t, "nbd", "/sys/module/nbd")
+}
+
+// Ublk is NBD for ublk block devices.
+func Ublk(t testing.TB) {
+	t.Helper()
+	blockDriver(t, "ublk_drv", "/dev/ublk-control")
+}
+
+func blockDriver(t testing.TB, name, sign string) {
+	t.Helper()
+	_, err := os.Stat(sign)
+	switch {
+	case err == nil:
+		Root(t)
+	case os.Getenv(EnvVM) == "1":
+		t.Fatalf("needs the kernel driver %q, which the virtual machine should have: %v", name, err)
+	default:
+		t.Skipf("needs the kernel driver %q: `make test-vm` runs this on a kernel that has it", name)
 	}
 }
 
