@@ -33,7 +33,7 @@ type Value struct {
 // Result is what is known of one metric of one subject: the one schema that
 // everything here prints.
 type Result struct {
-	Group    string    `json:"group"`    // nbd, fuse, link, direct, memory
+	Group    string    `json:"group"`    // nbd, fuse, link, direct, memory, uffd
 	Scenario string    `json:"scenario"` // what was done
 	Metric   string    `json:"metric"`
 	Unit     string    `json:"unit"`

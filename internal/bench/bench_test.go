@@ -139,7 +139,7 @@ func TestScenariosAreNarrowed(t *testing.T) {
 // TestGoalsNameScenarios: the names by which a group decides what to set up
 // are those that are judged.
 func TestGoalsNameScenarios(t *testing.T) {
-	for group, run := range map[string]func(context.Context, *Env) error{"nbd": NBD, "link": Link, "fuse": FUSE} {
+	for group, run := range map[string]func(context.Context, *Env) error{"nbd": NBD, "link": Link, "fuse": FUSE, "uffd": UFFD} {
 		e := &Env{Rounds: 1, Size: 1 << 20, Log: t.Output(), Report: &Report{}, only: regexp.MustCompile("no such scenario")}
 		if err := run(t.Context(), e); err != nil {
 			t.Errorf("%s: %v", group, err)

@@ -143,19 +143,27 @@ func (e *Env) prepare(ctx context.Context) error {
 	if out, err := build.CombinedOutput(); err != nil {
 		return fmt.Errorf("build memferry: %w\n%s", err, out)
 	}
+	e.gonbd = filepath.Join(e.bin, "gonbd")
+	if err := e.buildPeer(ctx, "gonbd", e.gonbd, "CGO_ENABLED=0"); err != nil {
+		return err
+	}
+	e.data = filepath.Join(e.dir, "data")
+	return e.fill(e.data)
+}
+
+// buildPeer builds a program of a module of its own.
+func (e *Env) buildPeer(ctx context.Context, name, out string, env ...string) error {
 	root, err := exec.CommandContext(ctx, "go", "list", "-m", "-f", "{{.Dir}}").Output()
 	if err != nil {
 		return fmt.Errorf("find the module: %w", err)
 	}
-	e.gonbd = filepath.Join(e.bin, "gonbd")
-	build = exec.CommandContext(ctx, "go", "build", "-o", e.gonbd, ".")
-	build.Dir = filepath.Join(strings.TrimSpace(string(root)), "internal/bench/peers/gonbd")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0", "GOWORK=off")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build pojntfx/go-nbd: %w\n%s", err, out)
+	build := exec.CommandContext(ctx, "go", "build", "-o", out, ".")
+	build.Dir = filepath.Join(strings.TrimSpace(string(root)), "internal/bench/peers", name)
+	build.Env = append(append(os.Environ(), "GOWORK=off"), env...)
+	if text, err := build.CombinedOutput(); err != nil {
+		return fmt.Errorf("build %s: %w: %s", name, err, text)
 	}
-	e.data = filepath.Join(e.dir, "data")
-	return e.fill(e.data)
+	return nil
 }
 
 // fill writes Size random bytes to a file.

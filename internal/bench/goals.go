@@ -73,7 +73,7 @@ func (r *Report) judge(g Goal) Verdict {
 
 // Goals are all that the project promises.
 func Goals() []Goal {
-	return append(append(append(nbdGoals(), fuseGoals()...), linkGoals()...), memoryGoals()...)
+	return slices.Concat(nbdGoals(), fuseGoals(), linkGoals(), memoryGoals(), uffdGoals())
 }
 
 func nbdGoals() []Goal {
@@ -151,7 +151,7 @@ func (g Goal) bound() string {
 	if len(g.Against) == 0 {
 		return sign + " " + figure(g.Bound)
 	}
-	return fmt.Sprintf("%s %.2f×", sign, g.Bound)
+	return sign + " " + times(g.Bound)
 }
 
 func (v Verdict) measured() string {
@@ -161,7 +161,7 @@ func (v Verdict) measured() string {
 	case len(v.Goal.Against) == 0:
 		return figure(v.Measured)
 	}
-	return fmt.Sprintf("%.2f×", v.Measured)
+	return times(v.Measured)
 }
 
 func (v Verdict) word() string {
@@ -172,6 +172,14 @@ func (v Verdict) word() string {
 		return "met"
 	}
 	return "**missed**"
+}
+
+// times formats a ratio.
+func times(f float64) string {
+	if f < 0.1 {
+		return fmt.Sprintf("%.3f×", f)
+	}
+	return fmt.Sprintf("%.2f×", f)
 }
 
 func figure(f float64) string {

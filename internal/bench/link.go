@@ -35,8 +35,13 @@ func (s *farServer) stop() {
 	s.p.stop()
 }
 
-// far starts a server behind a link.
+// far starts a server behind a delay.
 func (e *Env) far(ctx context.Context, rtt time.Duration, serve func(at endpoint) (*process, error)) (*farServer, error) {
+	return e.farLink(ctx, netsim.Link{RTT: rtt}, serve)
+}
+
+// farLink starts a server behind a link.
+func (e *Env) farLink(ctx context.Context, link netsim.Link, serve func(at endpoint) (*process, error)) (*farServer, error) {
 	near, err := e.endpoint("unix")
 	if err != nil {
 		return nil, err
@@ -49,7 +54,7 @@ func (e *Env) far(ctx context.Context, rtt time.Duration, serve func(at endpoint
 	if err != nil {
 		return nil, err
 	}
-	l, err := netsim.Listen(ctx, netsim.UNIX(far.addr), netsim.UNIX(near.addr), netsim.Link{RTT: rtt})
+	l, err := netsim.Listen(ctx, netsim.UNIX(far.addr), netsim.UNIX(near.addr), link)
 	if err != nil {
 		p.stop()
 		return nil, err

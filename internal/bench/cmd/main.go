@@ -10,6 +10,7 @@ import (
 	"os"
 	"os/exec"
 	"os/signal"
+	"path/filepath"
 	"regexp"
 	"runtime"
 	"slices"
@@ -34,6 +35,7 @@ var groups = []group{
 	{"link", bench.Link},
 	{"direct", bench.Direct},
 	{"memory", bench.Memory},
+	{"uffd", bench.UFFD},
 }
 
 func main() {
@@ -47,7 +49,7 @@ func main() {
 }
 
 func run(ctx context.Context) error {
-	which := flag.String("run", "all", "groups to run, separated by commas: nbd, fuse, link, direct, memory")
+	which := flag.String("run", "all", "groups to run, separated by commas: nbd, fuse, link, direct, memory, uffd")
 	only := flag.String("scenario", "", "run only scenarios whose name, as in the tables, this regular expression matches, such as 'cat at (1|10)ms$' or ' unix$'")
 	quick := flag.Bool("quick", false, "small sizes and one round: shows that it works, not how fast it is")
 	rounds := flag.Int("rounds", 5, "measurements of each subject")
@@ -70,7 +72,7 @@ func run(ctx context.Context) error {
 	selected := strings.Split(*which, ",")
 	for _, s := range selected {
 		if s != "all" && !slices.ContainsFunc(groups, func(g group) bool { return g.name == s }) {
-			return fmt.Errorf("no group %q: there are nbd, fuse, link, direct, memory", s)
+			return fmt.Errorf("no group %q: there are nbd, fuse, link, direct, memory, uffd", s)
 		}
 	}
 	for _, program := range []string{"nbdcopy", "nbdkit", "nbdfuse", "qemu-nbd", "fio"} {
@@ -96,7 +98,7 @@ func run(ctx context.Context) error {
 	}
 	e.Report.WriteTables(os.Stdout, bench.Goals())
 	if *doc != "" && err == nil {
-		err = writeDoc(*doc, e.Report, o)
+		err = errors.Join(writeDoc(*doc, e.Report, o), e.Sensitivity(ctx, filepath.Join(filepath.Dir(*doc), "bench")))
 	}
 	if *jsonFile != "" {
 		var b bytes.Buffer
