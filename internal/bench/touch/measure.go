@@ -52,14 +52,14 @@ func (u user) firstTouch() ([]bench.Value, error) {
 	before := time.Now()
 	return u.with(func(m *uffd.Memory) ([]bench.Value, error) {
 		begin := time.Now()
-		sink = touchAll(m.Bytes())
+		sink.Store(uint32(touchAll(m.Bytes())))
 		end := time.Now()
 		n := int(m.Size())
 		return []bench.Value{rate("rate", n, end.Sub(begin)), rate("rate with opening", n, end.Sub(before))}, nil
 	})
 }
 
-var sink byte
+var sink atomic.Uint32
 
 // plainWrite copies the file behind the URL into fresh memory that nobody has
 // to serve: what the bytes cost anyway.
@@ -95,7 +95,7 @@ func (u user) random() ([]bench.Value, error) {
 		for _, i := range rand.Perm(len(p) / apart) {
 			off := i*apart + rand.IntN(apart/pageSize)*pageSize
 			begin := time.Now()
-			sink = p[off]
+			sink.Store(uint32(p[off]))
 			took = append(took, time.Since(begin))
 		}
 		return []bench.Value{
@@ -111,7 +111,7 @@ func (u user) firstByte() ([]bench.Value, error) {
 		p := m.Bytes()
 		off := len(p)/2 + rand.IntN(len(p)/2)
 		begin := time.Now()
-		sink = p[off]
+		sink.Store(uint32(p[off]))
 		return []bench.Value{latency("first byte", "ms", time.Millisecond, []time.Duration{time.Since(begin)}, 50)}, nil
 	})
 }
