@@ -430,6 +430,7 @@ type fakeStore struct {
 	session string
 	dead    bool
 	failing bool
+	full    bool // no room for intents
 	commits int
 }
 
@@ -454,6 +455,9 @@ func (s *fakeStore) Intend(page, n int64) error {
 	defer s.mu.Unlock()
 	if s.dead {
 		return errKilled
+	}
+	if s.full {
+		return memferry.ErrNoSpace
 	}
 	for p := page; p < page+n; p++ {
 		if s.state[p] == Present {

@@ -193,12 +193,16 @@ func (r *Region) sendDirty() error {
 	return first
 }
 
-// nextPush waits for room and picks the next pages to send.
+// nextPush waits for room and picks the next pages to send. A round that may
+// not go on has failed: its callers must not take what is left for pushed.
 func (r *Region) nextPush(page int64, failed *error) (chunk.Run, flight, bool) {
 	u := &r.push
 	for {
 		r.mu.Lock()
-		if *failed != nil || r.changed != nil || r.ctx.Err() != nil {
+		if *failed == nil {
+			*failed = r.stoppedLocked()
+		}
+		if *failed != nil {
 			r.mu.Unlock()
 			return chunk.Run{}, flight{}, false
 		}
@@ -222,6 +226,14 @@ func (r *Region) nextPush(page int64, failed *error) (chunk.Run, flight, bool) {
 		case <-r.ctx.Done():
 		}
 	}
+}
+
+// stoppedLocked returns why nothing may be sent any more.
+func (r *Region) stoppedLocked() error {
+	if r.changed == nil && r.ctx.Err() != nil {
+		return memferry.ErrClosed
+	}
+	return r.changed
 }
 
 // pushRun sends one run of pages, which are marked as pushing.

@@ -103,7 +103,11 @@ func (r *Region) change(w *wait, off, n int64, write func(off int64) error) erro
 		return err
 	}
 	if err := r.intend(page, pages); err != nil {
-		r.endWrite(func() { r.table.AbortWrite(page, pages) }, page, pages)
+		r.endWrite(func() {
+			r.table.AbortWrite(page, pages)
+			r.pull.rewind(page) // what was on its way for it is dropped
+			r.pull.kick()
+		}, page, pages)
 		r.noteError(ErrorStore, err)
 		return err
 	}
