@@ -20,12 +20,15 @@ func IsInit() bool {
 	return err == nil && os.Getpid() == 1
 }
 
+// initFailed is the status of a machine that did not get as far as its program.
+const initFailed = 125
+
 // Init is the life of the machine. It does not return.
 func Init() {
 	status, err := guest()
 	if err != nil {
 		fmt.Fprintln(os.Stderr, "init:", err)
-		status = 125
+		status = initFailed
 	}
 	if f, err := openPort(portResult); err == nil {
 		fmt.Fprintln(f, status)

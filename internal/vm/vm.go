@@ -20,8 +20,8 @@ type Config struct {
 	// Program is a statically linked one of the host; empty: a shell.
 	Program string
 	Args    []string
-	// Dir is the working directory. It is made in the machine, at the same
-	// path, with the host's Dir/testdata in it.
+	// Dir is the host's working directory, whose testdata is in that of the
+	// machine, guestDir.
 	Dir string
 	// Env is added to the environment, in the form of os.Environ.
 	Env []string
@@ -122,7 +122,7 @@ func build(ctx context.Context, to string, k *kernel, c Config) error {
 	a.data("/etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
 	a.data("/etc/hosts", 0o644, []byte("127.0.0.1 localhost\n::1 localhost\n"))
 	a.symlink("/etc/mtab", "/proc/mounts")
-	m := manifest{Args: c.Args, Dir: c.Dir, Env: c.Env, Shell: c.Program == ""}
+	m := manifest{Args: c.Args, Dir: guestDir, Env: c.Env, Shell: c.Program == ""}
 	for _, mod := range mods {
 		m.Modules = append(m.Modules, mod.name)
 		a.data("/modules/"+mod.name, 0o644, mod.image)
@@ -131,11 +131,9 @@ func build(ctx context.Context, to string, k *kernel, c Config) error {
 		m.Program = "/test/" + filepath.Base(c.Program)
 		a.file(m.Program, c.Program)
 	}
-	if c.Dir != "" {
-		a.dir(c.Dir)
-		if testdata := filepath.Join(c.Dir, "testdata"); isDir(testdata) {
-			a.tree(testdata, testdata)
-		}
+	a.dir(guestDir)
+	if testdata := filepath.Join(c.Dir, "testdata"); c.Dir != "" && isDir(testdata) {
+		a.tree(guestDir+"/testdata", testdata)
 	}
 	if err := addTools(ctx, a); err != nil {
 		return err
@@ -150,6 +148,10 @@ func build(ctx context.Context, to string, k *kernel, c Config) error {
 	}
 	return f.Close()
 }
+
+// guestDir is where the program runs in the machine. The host's directory would
+// not do: it may lie below one on which the machine mounts something.
+const guestDir = "/test/dir"
 
 func isDir(name string) bool {
 	st, err := os.Stat(name)
@@ -201,10 +203,14 @@ func verdict(err error, console, result string) (int, error) {
 	if err == nil {
 		text, rerr := os.ReadFile(result)
 		status, aerr := strconv.Atoi(strings.TrimSpace(string(text)))
-		if rerr == nil && aerr == nil {
+		switch {
+		case rerr != nil || aerr != nil:
+			err = errors.New("the machine ended without telling a result")
+		case status == initFailed:
+			err = errors.New("the machine could not run the program")
+		default:
 			return status, nil
 		}
-		err = errors.New("the machine ended without telling a result")
 	}
 	return 0, fmt.Errorf("%w; its last messages:\n%s", err, tail(console))
 }
