@@ -1,26 +1,12 @@
 package chunked
 
 import (
-	"bytes"
 	"context"
 	"fmt"
 
 	"github.com/memferry/memferry"
+	"github.com/memferry/memferry/internal/zero"
 )
-
-// zeroes is what a buffer is compared with to see whether it is zero.
-var zeroes [64 << 10]byte
-
-func isZero(p []byte) bool {
-	for len(p) > 0 {
-		n := min(len(p), len(zeroes))
-		if !bytes.Equal(p[:n], zeroes[:n]) {
-			return false
-		}
-		p = p[n:]
-	}
-	return true
-}
 
 func (b *Backend) checkWrite(op string, off, n int64) error {
 	if err := memferry.CheckRange(op, off, n, b.size); err != nil {
@@ -131,7 +117,7 @@ func (b *Backend) zero(ctx context.Context, c piece) error {
 		return err
 	}
 	clear(p[c.off : c.off+c.n])
-	if isZero(p) {
+	if zero.Is(p) {
 		return b.remove(ctx, c.index)
 	}
 	return b.put(ctx, c.index, p)

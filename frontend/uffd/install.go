@@ -1,15 +1,16 @@
 package uffd
 
 import (
-	"bytes"
 	"context"
 	"errors"
 	"time"
 
 	"golang.org/x/sys/unix"
+
+	"github.com/memferry/memferry/internal/zero"
 )
 
-// zeroes are compared with, and copied where a page of zeroes can't be mapped.
+// zeroes are copied where a page of zeroes can't be mapped.
 var zeroes [hugeSize]byte
 
 // install puts pages into the process that have arrived, but for those that it
@@ -62,23 +63,12 @@ func (x *session) put(m *mapped, from, to int64) (int64, error) {
 		end += m.PageSize
 	}
 	p := x.src.local.mem[m.Offset+from : min(m.Offset+end, int64(len(x.src.local.mem)))]
-	if m.PageSize == pageSize && allZero(p) {
+	if m.PageSize == pageSize && zero.Is(p) {
 		n, err := x.fd.ZeroPage(uintptr(m.Addr)+uintptr(from), uintptr(end-from), 0)
 		return int64(n), err
 	}
 	n, err := x.fd.Copy(uintptr(m.Addr)+uintptr(from), p, 0)
 	return int64(n), err
-}
-
-func allZero(p []byte) bool {
-	for len(p) > 0 {
-		n := min(len(p), len(zeroes))
-		if !bytes.Equal(p[:n], zeroes[:n]) {
-			return false
-		}
-		p = p[n:]
-	}
-	return true
 }
 
 // zero gives a page of zeroes to a process that has removed it.

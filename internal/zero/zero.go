@@ -1,7 +1,11 @@
-// Package zero writes zeroes as data, for what can't be told to write them.
+// Package zero recognises zeroes, and writes them as data for what can't be told
+// to write them.
 package zero
 
-import "sync"
+import (
+	"bytes"
+	"sync"
+)
 
 // MaxPiece is the longest run of zeroes that is written at once, in bytes.
 const MaxPiece = 1 << 20
@@ -22,4 +26,19 @@ func Write(off, n, piece int64, write func(p []byte, off int64) error) error {
 		n -= int64(len(p))
 	}
 	return nil
+}
+
+// known is compared with: little enough to stay in the processor's cache.
+var known [64 << 10]byte
+
+// Is reports whether p holds nothing but zeroes.
+func Is(p []byte) bool {
+	for len(p) > 0 {
+		n := min(len(p), len(known))
+		if !bytes.Equal(p[:n], known[:n]) {
+			return false
+		}
+		p = p[n:]
+	}
+	return true
 }

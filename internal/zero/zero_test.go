@@ -36,3 +36,17 @@ func TestWriteStops(t *testing.T) {
 		t.Errorf("Write: %v after %d calls", err, calls)
 	}
 }
+
+func TestIs(t *testing.T) {
+	p := make([]byte, 2*len(known)+3)
+	if !Is(nil) || !Is(p) {
+		t.Error("zeroes are not recognised")
+	}
+	for _, i := range []int{0, len(known) - 1, len(known), len(p) - 1} {
+		p[i] = 1
+		if Is(p) {
+			t.Errorf("byte %d is not seen", i)
+		}
+		p[i] = 0
+	}
+}
