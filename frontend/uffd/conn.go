@@ -90,26 +90,39 @@ func (c *conn) send(m *message, fds ...int) error {
 // receive reads a message and the descriptors that came with it; io.EOF says
 // that the other side is gone.
 func (c *conn) receive(m *message) ([]int, error) {
-	p, oob := make([]byte, maxMessage), make([]byte, unix.CmsgSpace(4*maxFDs))
-	n, k, flags, _, err := c.c.ReadMsgUnix(p, oob)
+	p := make([]byte, maxMessage)
+	n, fds, err := receive(c.c, p)
 	if err != nil {
 		return nil, err
 	}
 	if n == 0 {
-		return nil, io.EOF
-	}
-	fds, err := rights(oob[:k])
-	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
-		err = errors.New("message is too long")
-	}
-	if err == nil {
-		err = json.Unmarshal(p[:n], m)
+		err = io.EOF
+	} else if err = json.Unmarshal(p[:n], m); err != nil {
+		err = fmt.Errorf("message of the other side: %w", err)
 	}
 	if err != nil {
 		closeAll(fds)
-		return nil, fmt.Errorf("message of the other side: %w", err)
+		return nil, err
 	}
 	return fds, nil
+}
+
+// receive reads once into p, and takes the descriptors that came with it.
+func receive(c *net.UnixConn, p []byte) (n int, fds []int, err error) {
+	oob := make([]byte, unix.CmsgSpace(4*maxFDs))
+	n, k, flags, _, err := c.ReadMsgUnix(p, oob)
+	if err != nil {
+		return 0, nil, err
+	}
+	fds, err = rights(oob[:k])
+	if err == nil && flags&(unix.MSG_TRUNC|unix.MSG_CTRUNC) != 0 {
+		err = errors.New("message is too long")
+	}
+	if err != nil {
+		closeAll(fds)
+		return 0, nil, fmt.Errorf("message of the other side: %w", err)
+	}
+	return n, fds, nil
 }
 
 func rights(oob []byte) (fds []int, err error) {

@@ -4,7 +4,6 @@ import (
 	"bytes"
 	"cmp"
 	"encoding/json"
-	"errors"
 	"fmt"
 	"io"
 	"math"
@@ -101,16 +100,12 @@ func readHandover(c *net.UnixConn) (h Handover, err error) {
 	if err := c.SetReadDeadline(time.Now().Add(handoverTimeout)); err != nil {
 		return h, err
 	}
-	p, oob := make([]byte, maxHandover), make([]byte, unix.CmsgSpace(4*maxFDs))
-	n, k, flags, _, err := c.ReadMsgUnix(p, oob)
+	p := make([]byte, maxHandover)
+	n, fds, err := receive(c, p)
 	if err != nil {
 		return h, err
 	}
-	fds, err := rights(oob[:k])
-	if err == nil && flags&unix.MSG_CTRUNC != 0 {
-		err = errors.New("too many descriptors")
-	}
-	if err == nil && len(fds) != 1 {
+	if len(fds) != 1 {
 		err = fmt.Errorf("%d descriptors: want one, the userfaultfd", len(fds))
 	}
 	if err == nil {

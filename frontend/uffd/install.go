@@ -15,10 +15,19 @@ var zeroes [hugeSize]byte
 
 // install puts pages into the process that have arrived, but for those that it
 // has removed. Some may be there already.
-func (x *session) install(m *mapped, from, to int64) error {
+func (x *session) install(m *mapped, from, to int64) error { return x.place(m, from, to, x.put) }
+
+// zero gives a page of zeroes to a process that has removed it.
+func (x *session) zero(m *mapped, at int64) error {
+	return x.place(m, at, at+m.PageSize, x.putZero)
+}
+
+// place has put make pages [from, to) present, of which it tells how far it
+// came.
+func (x *session) place(m *mapped, from, to int64, put func(m *mapped, from, to int64) (int64, error)) error {
 	step := to - from
 	for from < to {
-		n, err := x.put(m, from, min(from+step, to))
+		n, err := put(m, from, min(from+step, to))
 		from += n
 		switch {
 		case err == nil:
@@ -71,34 +80,17 @@ func (x *session) put(m *mapped, from, to int64) (int64, error) {
 	return int64(n), err
 }
 
-// zero gives a page of zeroes to a process that has removed it.
-func (x *session) zero(m *mapped, at int64) error {
-	for x.ctx.Err() == nil {
-		err := x.putZero(m, at)
-		switch {
-		case err == nil, errors.Is(err, unix.EEXIST), errors.Is(err, unix.ENOENT):
-			return nil
-		case errors.Is(err, unix.ESRCH):
-			x.cancel()
-			return errGone
-		case !errors.Is(err, unix.EAGAIN):
-			return err
-		}
-		time.Sleep(eventPause)
-	}
-	return errGone
-}
-
-func (x *session) putZero(m *mapped, at int64) error {
+// putZero is put for a page that was removed.
+func (x *session) putZero(m *mapped, from, to int64) (int64, error) {
 	x.order.RLock()
 	defer x.order.RUnlock()
-	addr := uintptr(m.Addr) + uintptr(at)
+	addr := uintptr(m.Addr) + uintptr(from)
 	if m.PageSize == pageSize {
-		_, err := x.fd.ZeroPage(addr, pageSize, 0)
-		return err
+		n, err := x.fd.ZeroPage(addr, uintptr(to-from), 0)
+		return int64(n), err
 	}
-	_, err := x.fd.Copy(addr, zeroes[:m.PageSize], 0)
-	return err
+	n, err := x.fd.Copy(addr, zeroes[:to-from], 0)
+	return int64(n), err
 }
 
 // populate installs what arrives. When settle ends it sees to it that

@@ -35,14 +35,14 @@ func newLocal(ctx context.Context, source memferry.Backend, land *landing, o Opt
 			return nil, err
 		}
 	}
-	if l.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, errors.Join(fmt.Errorf("eventfd: %w", err), l.closeRegion())
+	if l.stop, err = newEvent(); err != nil {
+		return nil, errors.Join(err, l.closeRegion())
 	}
 	log := o.Logger
 	if log == nil {
 		log = slog.New(slog.DiscardHandler)
 	}
-	s := &server{fd: land.fd, stop: l.stop, land: land, region: l.region, log: log, active: make(map[int64]bool)}
+	s := &server{fd: land.fd, stop: l.stop, land: land, region: l.region, log: log}
 	var serving context.Context
 	serving, l.cancel = context.WithCancel(context.Background())
 	go func() {
@@ -95,8 +95,7 @@ func (l *local) close() error {
 	// This makes calls that wait for a fault return: see server.serve.
 	l.cancel()
 	errs := []error{l.closeRegion()}
-	// Eight bytes that are more than zero, whatever the order of bytes is.
-	if _, err := unix.Write(l.stop, []byte{1, 0, 0, 0, 0, 0, 0, 1}); err != nil {
+	if err := signalEvent(l.stop); err != nil {
 		errs = append(errs, fmt.Errorf("stop the server: %w", err))
 	}
 	<-l.served

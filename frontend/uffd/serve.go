@@ -47,8 +47,8 @@ type session struct {
 
 	faults chan struct{} // one for each that is being served
 	wg     sync.WaitGroup
-	mu     sync.Mutex
-	active map[uint64]bool // addresses of pages that are being served
+	active underWay   // addresses of pages
+	mu     sync.Mutex // guards stop
 }
 
 // mapped is a mapping, and which of its pages are zero for good since the
@@ -103,13 +103,13 @@ func (s *Source) session(h Handover) (*session, error) {
 	}
 	x := &session{
 		src: s, maps: maps, chunk: s.region.Stats().ChunkSize, more: make(chan struct{}, 1),
-		faults: make(chan struct{}, maxFaults), active: make(map[uint64]bool),
+		faults: make(chan struct{}, maxFaults),
 	}
 	if x.fd, err = uffd.FromFD(h.FD, 0); err != nil {
 		return nil, errors.Join(err, unix.Close(h.FD))
 	}
-	if x.stop, err = unix.Eventfd(0, unix.EFD_CLOEXEC|unix.EFD_NONBLOCK); err != nil {
-		return nil, errors.Join(fmt.Errorf("eventfd: %w", err), x.fd.Close())
+	if x.stop, err = newEvent(); err != nil {
+		return nil, errors.Join(err, x.fd.Close())
 	}
 	x.ctx, x.cancel = context.WithCancel(context.Background())
 	context.AfterFunc(x.ctx, x.end)
@@ -121,7 +121,7 @@ func (x *session) end() {
 	x.mu.Lock()
 	defer x.mu.Unlock()
 	if x.stop >= 0 {
-		_, _ = unix.Write(x.stop, []byte{1, 0, 0, 0, 0, 0, 0, 1}) // full is as good
+		_ = signalEvent(x.stop) // full is as good
 	}
 }
 
@@ -231,11 +231,7 @@ func (x *session) dispatch(addr uint64) {
 		return
 	}
 	addr -= (addr - m.Addr) % uint64(m.PageSize)
-	x.mu.Lock()
-	again := x.active[addr]
-	x.active[addr] = true
-	x.mu.Unlock()
-	if again {
+	if !x.active.begin(addr) {
 		return
 	}
 	select {
@@ -245,9 +241,7 @@ func (x *session) dispatch(addr uint64) {
 	}
 	x.wg.Go(func() {
 		x.serve(m, int64(addr-m.Addr))
-		x.mu.Lock()
-		delete(x.active, addr)
-		x.mu.Unlock()
+		x.active.end(addr)
 		// Who was reported while we served it tries again.
 		x.check(x.fd.Wake(uintptr(addr), uintptr(m.PageSize)))
 		<-x.faults
@@ -309,19 +303,12 @@ var hugeBuffers = sync.Pool{New: func() any { return new([hugeSize]byte) }}
 // all of that is here.
 func (x *session) around(m *mapped, at int64) (from, to int64) {
 	first := (m.Offset + at) / x.chunk * x.chunk
-	from = max(0, roundUpTo(first-m.Offset, m.PageSize))
+	from = (max(0, first-m.Offset) + m.PageSize - 1) / m.PageSize * m.PageSize
 	to = min(m.Size, (first+x.chunk-m.Offset)/m.PageSize*m.PageSize)
 	if from <= at && at < to && x.here(m, from, to) {
 		return from, to
 	}
 	return at, at + m.PageSize
-}
-
-func roundUpTo(n, unit int64) int64 {
-	if n <= 0 {
-		return 0
-	}
-	return (n + unit - 1) / unit * unit
 }
 
 // here reports whether the source has these bytes locally.

@@ -36,8 +36,7 @@ type server struct {
 	log    *slog.Logger
 
 	wg     sync.WaitGroup
-	mu     sync.Mutex
-	active map[int64]bool // pages that are being served
+	active underWay
 }
 
 // run serves until stop is signalled. It returns when nothing is being served
@@ -73,17 +72,12 @@ func (s *server) dispatch(ctx context.Context, m uffd.Message) {
 		return
 	}
 	page := int64(off / pageSize)
-	s.mu.Lock()
-	defer s.mu.Unlock()
-	if s.active[page] {
+	if !s.active.begin(uint64(page)) {
 		return
 	}
-	s.active[page] = true
 	s.wg.Go(func() {
 		s.serve(ctx, page)
-		s.mu.Lock()
-		delete(s.active, page)
-		s.mu.Unlock()
+		s.active.end(uint64(page))
 		// Who was reported while we served it, and dropped, tries again.
 		if err := s.fd.Wake(s.land.addr(page), pageSize); err != nil && !gone(err) {
 			s.log.Error("wake", "error", err)
