@@ -138,10 +138,8 @@ func (e *Env) prepare(ctx context.Context) error {
 	ctx, cancel := context.WithTimeout(ctx, buildLimit)
 	defer cancel()
 	e.memferry = filepath.Join(e.bin, "memferry")
-	build := exec.CommandContext(ctx, "go", "build", "-o", e.memferry, "github.com/memferry/memferry/cmd/memferry")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build memferry: %w\n%s", err, out)
+	if err := goBuild(ctx, "", e.memferry, "github.com/memferry/memferry/cmd/memferry", "CGO_ENABLED=0"); err != nil {
+		return err
 	}
 	e.gonbd = filepath.Join(e.bin, "gonbd")
 	if err := e.buildPeer(ctx, "gonbd", e.gonbd, "CGO_ENABLED=0"); err != nil {
@@ -157,11 +155,17 @@ func (e *Env) buildPeer(ctx context.Context, name, out string, env ...string) er
 	if err != nil {
 		return fmt.Errorf("find the module: %w", err)
 	}
-	build := exec.CommandContext(ctx, "go", "build", "-o", out, ".")
-	build.Dir = filepath.Join(strings.TrimSpace(string(root)), "internal/bench/peers", name)
-	build.Env = append(append(os.Environ(), "GOWORK=off"), env...)
+	dir := filepath.Join(strings.TrimSpace(string(root)), "internal/bench/peers", name)
+	return goBuild(ctx, dir, out, ".", append(env, "GOWORK=off")...)
+}
+
+// goBuild builds a program, in a directory unless that is empty.
+func goBuild(ctx context.Context, dir, out, pkg string, env ...string) error {
+	build := exec.CommandContext(ctx, "go", "build", "-o", out, pkg)
+	build.Dir = dir
+	build.Env = append(os.Environ(), env...)
 	if text, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build %s: %w: %s", name, err, text)
+		return fmt.Errorf("build %s: %w\n%s", filepath.Base(out), err, text)
 	}
 	return nil
 }

@@ -35,13 +35,15 @@ func (s *farServer) stop() {
 	s.p.stop()
 }
 
-// far starts a server behind a delay.
-func (e *Env) far(ctx context.Context, rtt time.Duration, serve func(at endpoint) (*process, error)) (*farServer, error) {
-	return e.farLink(ctx, netsim.Link{RTT: rtt}, serve)
+// behind serves a file, as the export d, behind a link.
+func (e *Env) behind(ctx context.Context, link netsim.Link, path string) (*farServer, error) {
+	return e.far(ctx, link, func(at endpoint) (*process, error) {
+		return serverAt(at, e.memferry, "serve", "--listen", listenURL(at), "d="+path)
+	})
 }
 
-// farLink starts a server behind a link.
-func (e *Env) farLink(ctx context.Context, link netsim.Link, serve func(at endpoint) (*process, error)) (*farServer, error) {
+// far starts a server behind a link.
+func (e *Env) far(ctx context.Context, link netsim.Link, serve func(at endpoint) (*process, error)) (*farServer, error) {
 	near, err := e.endpoint("unix")
 	if err != nil {
 		return nil, err
@@ -82,14 +84,13 @@ func (e *Env) linkAt(ctx context.Context, rtt time.Duration) error {
 	if err := e.truncatedCopy(source, size); err != nil {
 		return err
 	}
-	ours, err := e.far(ctx, rtt, func(at endpoint) (*process, error) {
-		return serverAt(at, e.memferry, "serve", "--listen", listenURL(at), "d="+source)
-	})
+	link := netsim.Link{RTT: rtt}
+	ours, err := e.behind(ctx, link, source)
 	if err != nil {
 		return err
 	}
 	defer ours.stop()
-	kit, err := e.far(ctx, rtt, func(at endpoint) (*process, error) { return nbdkit(at, "file", source) })
+	kit, err := e.far(ctx, link, func(at endpoint) (*process, error) { return nbdkit(at, "file", source) })
 	if err != nil {
 		return err
 	}

@@ -58,7 +58,7 @@ func (m *memory) sensitivityAt(ctx context.Context, p point) error {
 	if err := m.e.truncatedCopy(path, min(p.size, m.size)); err != nil {
 		return err
 	}
-	s, err := m.behind(ctx, path, netsim.Link{RTT: p.rtt, Bandwidth: p.bandwidth})
+	s, err := m.e.behind(ctx, netsim.Link{RTT: p.rtt, Bandwidth: p.bandwidth}, path)
 	if err != nil {
 		return err
 	}

@@ -4,8 +4,6 @@ import (
 	"context"
 	"encoding/json"
 	"fmt"
-	"os"
-	"os/exec"
 	"path/filepath"
 	"strconv"
 	"time"
@@ -89,10 +87,8 @@ func (m *memory) prepare(ctx context.Context) error {
 	defer cancel()
 	e := m.e
 	m.touch = filepath.Join(e.bin, "touch")
-	build := exec.CommandContext(ctx, "go", "build", "-o", m.touch, "github.com/memferry/memferry/internal/bench/touch")
-	build.Env = append(os.Environ(), "CGO_ENABLED=0")
-	if out, err := build.CombinedOutput(); err != nil {
-		return fmt.Errorf("build touch: %w\n%s", err, out)
+	if err := goBuild(ctx, "", m.touch, "github.com/memferry/memferry/internal/bench/touch", "CGO_ENABLED=0"); err != nil {
+		return err
 	}
 	m.peer, m.hash = filepath.Join(e.bin, "userfaultfdgo"), filepath.Join(e.bin, "xxh3")
 	// They are missing from the tables where they can't be built.
@@ -160,7 +156,7 @@ func (m *memory) far(ctx context.Context, rtt time.Duration) error {
 	if !m.e.wants(scenario) {
 		return nil
 	}
-	s, err := m.behind(ctx, m.small, netsim.Link{RTT: rtt})
+	s, err := m.e.behind(ctx, netsim.Link{RTT: rtt}, m.small)
 	if err != nil {
 		return err
 	}
@@ -181,13 +177,6 @@ func (m *memory) far(ctx context.Context, rtt time.Duration) error {
 		}},
 		m.their("--file="+m.small, "--rtt="+rtt.String(), "--size="+strconv.Itoa(pages*4096)))
 	return ctx.Err()
-}
-
-// behind serves a file behind a link.
-func (m *memory) behind(ctx context.Context, path string, link netsim.Link) (*farServer, error) {
-	return m.e.farLink(ctx, link, func(at endpoint) (*process, error) {
-		return serverAt(at, m.e.memferry, "serve", "--listen", listenURL(at), "d="+path)
-	})
 }
 
 // writes compares finding what was written.

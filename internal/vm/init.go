@@ -143,11 +143,11 @@ func openPort(name string) (*os.File, error) {
 func runProgram(m manifest) (int, error) {
 	argv := append([]string{m.Program}, m.Args...)
 	attr := &os.ProcAttr{
-		Dir:   m.Dir,
+		Dir:   guestDir,
 		Env:   append([]string{"PATH=" + searchPath, "HOME=/root", "TMPDIR=/tmp", "TERM=linux", "LC_ALL=C.UTF-8"}, m.Env...),
 		Files: []*os.File{os.Stdin, os.Stdout, os.Stderr},
 	}
-	if m.Shell {
+	if m.Program == "" {
 		// A terminal of its own, so that ^C works.
 		argv = []string{"/bin/sh", "-c", "exec setsid -c sh -l <" + portConsole + " >" + portConsole + " 2>&1"}
 	} else {

@@ -1,11 +1,11 @@
 package vm
 
 import (
+	"bytes"
 	"context"
 	"debug/elf"
 	"errors"
 	"fmt"
-	"io"
 	"os"
 	"os/exec"
 	"path/filepath"
@@ -206,7 +206,7 @@ func readModule(ctx context.Context, file string) ([]byte, error) {
 
 // dependencies reads what modinfo(8) shows as "depends" and "softdep ... pre".
 func dependencies(image []byte) ([]string, error) {
-	f, err := elf.NewFile(strings.NewReader(string(image)))
+	f, err := elf.NewFile(bytes.NewReader(image))
 	if err != nil {
 		return nil, err
 	}
@@ -236,7 +236,7 @@ func output(ctx context.Context, dir, name string, args ...string) (string, erro
 	cmd := exec.CommandContext(ctx, name, args...)
 	cmd.Dir = dir
 	var stdout, stderr strings.Builder
-	cmd.Stdout, cmd.Stderr = &stdout, io.Writer(&stderr)
+	cmd.Stdout, cmd.Stderr = &stdout, &stderr
 	if err := cmd.Run(); err != nil {
 		return "", fmt.Errorf("%s: %w: %s", name, err, strings.TrimSpace(stderr.String()))
 	}

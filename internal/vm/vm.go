@@ -51,9 +51,7 @@ type manifest struct {
 	Modules []string // names of files in /modules, in order
 	Program string   // empty: a shell
 	Args    []string
-	Dir     string
 	Env     []string
-	Shell   bool
 }
 
 // modules are loaded in the machine, with what they depend on.
@@ -122,7 +120,7 @@ func build(ctx context.Context, to string, k *kernel, c Config) error {
 	a.data("/etc/group", 0o644, []byte("root:x:0:\nnogroup:x:65534:\n"))
 	a.data("/etc/hosts", 0o644, []byte("127.0.0.1 localhost\n::1 localhost\n"))
 	a.symlink("/etc/mtab", "/proc/mounts")
-	m := manifest{Args: c.Args, Dir: guestDir, Env: c.Env, Shell: c.Program == ""}
+	m := manifest{Args: c.Args, Env: c.Env}
 	for _, mod := range mods {
 		m.Modules = append(m.Modules, mod.name)
 		a.data("/modules/"+mod.name, 0o644, mod.image)

@@ -38,6 +38,14 @@ var groups = []group{
 	{"uffd", bench.UFFD},
 }
 
+func groupNames() string {
+	var names []string
+	for _, g := range groups {
+		names = append(names, g.name)
+	}
+	return strings.Join(names, ", ")
+}
+
 func main() {
 	ctx, stop := signal.NotifyContext(context.Background(), os.Interrupt, syscall.SIGTERM)
 	err := run(ctx)
@@ -49,7 +57,7 @@ func main() {
 }
 
 func run(ctx context.Context) error {
-	which := flag.String("run", "all", "groups to run, separated by commas: nbd, fuse, link, direct, memory, uffd")
+	which := flag.String("run", "all", "groups to run, separated by commas: "+groupNames())
 	only := flag.String("scenario", "", "run only scenarios whose name, as in the tables, this regular expression matches, such as 'cat at (1|10)ms$' or ' unix$'")
 	quick := flag.Bool("quick", false, "small sizes and one round: shows that it works, not how fast it is")
 	rounds := flag.Int("rounds", 5, "measurements of each subject")
@@ -72,7 +80,7 @@ func run(ctx context.Context) error {
 	selected := strings.Split(*which, ",")
 	for _, s := range selected {
 		if s != "all" && !slices.ContainsFunc(groups, func(g group) bool { return g.name == s }) {
-			return fmt.Errorf("no group %q: there are nbd, fuse, link, direct, memory, uffd", s)
+			return fmt.Errorf("no group %q: there are %s", s, groupNames())
 		}
 	}
 	for _, program := range []string{"nbdcopy", "nbdkit", "nbdfuse", "qemu-nbd", "fio"} {

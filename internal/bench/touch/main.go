@@ -43,9 +43,11 @@ func run() error {
 	readOnly := flag.Bool("read-only", false, "map the memory without the right to write")
 	part := flag.Float64("part", 0.01, "of the pages, for what writes some")
 	flag.Parse()
-	o := uffd.Options{SmallPages: *small, ReadOnly: *readOnly}
-	modes := map[string]region.PullMode{"full": region.PullFull, "demand": region.PullDemand, "none": region.PullNone}
-	o.Pull = modes[*pull]
+	mode, err := region.ParsePullMode(*pull)
+	if err != nil {
+		return err
+	}
+	o := uffd.Options{Pull: mode, SmallPages: *small, ReadOnly: *readOnly}
 	u := user{url: *url, o: o, here: *here}
 	what := map[string]func() ([]bench.Value, error){
 		"first-touch": u.firstTouch, "plain-write": u.plainWrite, "random": u.random,

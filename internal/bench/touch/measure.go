@@ -59,6 +59,7 @@ func (u user) firstTouch() ([]bench.Value, error) {
 	})
 }
 
+// sink keeps the compiler from leaving out loads.
 var sink atomic.Uint32
 
 // plainWrite copies the file behind the URL into fresh memory that nobody has
@@ -161,12 +162,9 @@ func touchUntilHere(p []byte) (all, faults []time.Duration) {
 		// the pull.
 		time.Sleep(100 * time.Microsecond)
 	}
-	kept.Store(uint32(sum))
+	sink.Store(uint32(sum))
 	return all, faults
 }
-
-// kept keeps the compiler from leaving out the loads.
-var kept atomic.Uint32
 
 // ready waits until everything is here and armed.
 func ready(m *uffd.Memory) error {
